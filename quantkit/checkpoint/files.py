@@ -1,0 +1,110 @@
+"""Positioned reads with bounds, and files that appear under their name only when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from quantkit.errors import CheckpointError, OutputError
+
+LFS_MAGIC = b"version https://git-lfs"
+
+
+class PositionedFile:
+    """A file that is read at offsets only, so that any number of threads can share it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._handle = open(path, "rb")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from None
+        self.size = os.fstat(self._handle.fileno()).st_size
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """Exactly ``length`` bytes at ``offset``; raises CheckpointError if the file ends before."""
+        buffer = bytearray(length)
+        self.read_into(offset, memoryview(buffer))
+        return buffer
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill ``target`` (bytes) from ``offset``; raises CheckpointError if the file ends before."""
+        length = target.nbytes
+        if offset < 0 or offset + length > self.size:
+            raise CheckpointError(
+                f"{self.path.name} is truncated: bytes {offset}…{offset + length} of a file of {self.size} bytes",
+                hint="download the file again",
+            )
+        done = 0
+        flat = target.cast("B") if target.format != "B" else target
+        while done < length:
+            got = os.preadv(self._handle.fileno(), [flat[done : done + (1 << 30)]], offset + done)
+            if got <= 0:
+                raise CheckpointError(f"{self.path.name} ended at byte {offset + done}", hint="download the file again")
+            done += got
+
+    def refuse_lfs_pointer(self) -> None:
+        """Raise CheckpointError if this is a Git LFS pointer instead of the file itself."""
+        if self.size < 1024 and bytes(self.read(0, min(self.size, len(LFS_MAGIC)))) == LFS_MAGIC:
+            raise CheckpointError(
+                f"{self.path} is a Git LFS pointer, not the weights", hint="run `git lfs pull` in the model's folder"
+            )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+
+def refuse_existing(path: Path, force: bool) -> None:
+    """Raise OutputError if ``path`` exists and must not be replaced."""
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists", hint="give another name with -o, or --force to replace it")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, expected_bytes: int | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path``; rename it to ``path`` only if the block succeeds.
+
+    With ``expected_bytes`` the disk's free space is checked first. Raises OutputError if the folder is
+    missing, cannot be written or the disk is full; then nothing is left under any name.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"folder {folder} does not exist", hint="create it or choose another output")
+    if expected_bytes is not None:
+        stat = os.statvfs(folder)
+        free = stat.f_bavail * stat.f_frsize
+        if free < expected_bytes:
+            raise OutputError(
+                f"{path.name} needs {expected_bytes:,} bytes but {folder} has {free:,} free",
+                hint="free space or choose another output with -o",
+            )
+    part = folder / f".{path.name}.{os.getpid()}.part"
+    try:
+        with open(part, "w+b") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(part, path)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(f"no space left while writing {path}", hint="free space; nothing was left behind") from None
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another output with -o") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as handle:
+        handle.write(text.encode())
