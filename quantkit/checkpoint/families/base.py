@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ DECODER_KEYS = (
     Key("attention.value_length", "head_dim", default=head_dim),
 )
 EXPERT_KEYS = (
-    Key("expert_count", "num_experts"),
+    Key("expert_count", "num_experts", default=lambda c: c.get("num_local_experts")),
     Key("expert_used_count", "num_experts_per_tok"),
     Key("expert_feed_forward_length", "moe_intermediate_size"),
 )
@@ -100,6 +101,8 @@ class Family:
     names: dict[str, str]
     keys: tuple[Key, ...] = DECODER_KEYS
     permutes_qk: bool = False
+    rope_freqs: bool = False
+    head_required: bool = False
     config_extra: dict[str, Any] = field(default_factory=dict)
     refuse: Callable[[Config], None] | None = None
 
@@ -145,7 +148,9 @@ class Family:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         prefix = f"{self.arch}.rope.scaling"
-        if kind in ("default", "llama3"):  # llama3 becomes the tensor rope_freqs.weight
+        if kind == "llama3" and not self.rope_freqs:
+            raise CheckpointError(f"config.json asks for rope scaling llama3 in a {self.arch} model", hint="llama.cpp reads it for Llama only")
+        if kind in ("default", "dynamic", "llama3"):  # llama3 becomes the tensor rope_freqs.weight
             return {}
         out = {f"{prefix}.type": gv.string(kind), f"{prefix}.factor": gv.f32(rope.get("factor", 1.0))}
         if kind == "linear":
@@ -153,9 +158,11 @@ class Family:
         if kind == "yarn":
             if "original_max_position_embeddings" in rope:
                 out[f"{prefix}.original_context_length"] = gv.u32(rope["original_max_position_embeddings"])
-            for name, key in (("attention_factor", "attn_factor"), ("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-                if rope.get(name) is not None:
-                    out[f"{prefix}.{key}"] = gv.f32(rope[name])
+            if (rope.get("beta_fast") or 32) != 32 or (rope.get("beta_slow") or 1) != 1:
+                raise CheckpointError("config.json sets yarn's beta_fast or beta_slow", hint="llama.cpp uses 32 and 1; the file would compute another function")
+            if rope.get("attention_factor"):  # llama.cpp multiplies its own 1 + 0.1·ln(factor) in
+                own = 1.0 + 0.1 * math.log(rope.get("factor", 1.0))
+                out[f"{prefix}.attn_factor"] = gv.f32(rope["attention_factor"] / own)
             return out
         raise CheckpointError(f"config.json asks for rope scaling {kind!r}", hint="quantkit writes default, linear, yarn and llama3")
 
@@ -184,9 +191,10 @@ class Family:
             return {"rope_type": "default"}
         out = {"rope_type": kind, "factor": metadata.get(f"{prefix}.factor", 1.0)}
         for key, name in (
-            ("original_context_length", "original_max_position_embeddings"), ("attn_factor", "attention_factor"),
-            ("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow"),
-        ):  # fmt: skip
+            ("original_context_length", "original_max_position_embeddings"),
+        ):
             if f"{prefix}.{key}" in metadata:
                 out[name] = metadata[f"{prefix}.{key}"]
+        if f"{prefix}.attn_factor" in metadata:
+            out["attention_factor"] = metadata[f"{prefix}.attn_factor"] * (1.0 + 0.1 * math.log(out["factor"]))
         return out

@@ -17,5 +17,6 @@ LLAMA = Family(
     model_type="llama",
     names=OUTER | ATTENTION | DENSE_FFN,
     permutes_qk=True,
+    rope_freqs=True,
     refuse=_refuse,
 )

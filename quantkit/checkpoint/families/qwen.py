@@ -62,6 +62,7 @@ QWEN2_MOE = Family(
     model_type="qwen2_moe",
     names=OUTER | ATTENTION | EXPERTS | SHARED_EXPERT,
     keys=DECODER_KEYS + EXPERT_KEYS + (Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),),
+    head_required=True,
     config_extra={"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
     refuse=_refuse_normalized,
 )

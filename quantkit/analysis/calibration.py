@@ -1,0 +1,122 @@
+"""Calibration: the model reads text block by block while every linear map's input is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from quantkit.analysis.activations import fp8_error, int8_error
+from quantkit.analysis.texts import CalibrationText
+from quantkit.checkpoint import Checkpoint
+from quantkit.encoders.stats import ActivationStats, TensorStats
+from quantkit.errors import CalibrationError
+from quantkit.modeling.blocks import Blocks
+from quantkit.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = 4  # windows that run together
+SAMPLE = 64  # tokens on which the cost of quantized activations is measured
+
+
+@dataclass
+class LinearFacts:
+    """What calibration saw at one linear map, beyond second moments.
+
+    input_peak, output_peak: largest magnitude; input_channel, output_channel: where; input_rms,
+    output_rms: typical size; int8, fp8: relative error of the outputs with INT8 (per token) or FP8 E4M3
+    (per tensor) activations.
+    """
+
+    input_peak: float = 0.0
+    input_channel: int = 0
+    input_rms: float = 0.0
+    output_peak: float = 0.0
+    output_channel: int = 0
+    output_rms: float = 0.0
+    int8: float = 0.0
+    fp8: float = 0.0
+
+
+@dataclass
+class Calibration:
+    """Statistics for the encoders and facts for the analysis."""
+
+    stats: ActivationStats
+    facts: dict[str, LinearFacts] = field(default_factory=dict)
+
+
+class _Moments:
+    """An Observer that sums x² per channel and expert and keeps peaks."""
+
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration) -> None:
+        self._checkpoint = checkpoint
+        self._out = calibration
+        self._last: tuple[torch.Tensor, np.ndarray] | None = None
+
+    def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        info = self._checkpoint.tensors.get(name)
+        if info is None:
+            return
+        entry = self._out.stats.tensors.get(name)
+        if entry is None:
+            shape = (info.experts, info.columns)
+            entry = TensorStats(np.zeros(shape, np.float64), np.zeros(info.experts, np.float64))  # type: ignore[arg-type]
+            self._out.stats.tensors[name] = entry
+        if self._last is None or self._last[0] is not x:  # q, k and v share one input
+            self._last = (x, x.square().sum(0, dtype=x.dtype).double().numpy())
+        squares = self._last[1]
+        if not np.isfinite(squares).all():
+            channel = int(np.argmin(np.isfinite(squares)))
+            raise CalibrationError(f"the input of {name} is not finite in channel {channel}", hint="a weight before it is damaged")
+        entry.sum_squares[expert] += squares
+        entry.counts[expert] += len(x)
+        self._peaks(self._out.facts.setdefault(name, LinearFacts()), x, y, weight)
+
+    @staticmethod
+    def _peaks(facts: LinearFacts, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        for kind, value in (("input", x), ("output", y)):
+            position = int(value.abs().argmax())
+            peak = float(value.reshape(-1)[position].abs())
+            if peak > getattr(facts, f"{kind}_peak"):
+                setattr(facts, f"{kind}_peak", peak)
+                setattr(facts, f"{kind}_channel", position % value.shape[1])
+        if facts.input_rms == 0.0:
+            facts.input_rms = float(x.square().mean().sqrt())
+            facts.output_rms = float(y.square().mean().sqrt())
+            sample = x[:SAMPLE]
+            facts.int8 = int8_error(sample, weight)
+            facts.fp8 = fp8_error(sample, weight)
+
+
+def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress) -> Calibration:
+    """Second moments of every linear input over the ``train`` windows, one decoder layer in memory.
+
+    Raises CalibrationError if an activation is not finite.
+    """
+    import torch
+
+    result = Calibration(ActivationStats(datasets=text.names, chunks=len(text.train), chunk_size=text.window))
+    observer = _Moments(checkpoint, result)
+    blocks = Blocks(checkpoint)
+    batches = [text.train[i : i + BATCH] for i in range(0, len(text.train), BATCH)]
+    with torch.inference_mode():
+        hidden = [blocks.embed(batch) for batch in batches]
+        task = progress.task("calibrate", total=(blocks.n_layers + 1) * text.train.size, unit="tokens")
+        for index in range(blocks.n_layers):
+            with blocks.layer(index, observer) as layer:
+                for i, states in enumerate(hidden):
+                    hidden[i] = layer(states)
+                    task.advance(states.shape[0] * states.shape[1])
+        with blocks.head(observer) as head:
+            for states in hidden:
+                head(states)
+                task.advance(states.shape[0] * states.shape[1])
+        task.done()
+    for entry in result.stats.tensors.values():
+        entry.sum_squares = entry.sum_squares.astype(np.float32)
+        entry.counts = entry.counts.astype(np.float32)
+    return result

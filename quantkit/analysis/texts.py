@@ -1,0 +1,104 @@
+"""Calibration text: the mix inside the package or the user's files, cut into windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CalibrationError
+from quantkit.modeling.text import TextEncoder
+
+DATA = Path(__file__).parent / "data"
+DEFAULT_MIX = ("web.txt", "wiki.txt", "code.txt", "dialogue.txt", "chat.jsonl")
+WINDOW = 512
+DEV_EVERY = 4  # every fourth window is set aside: probes judge on it, statistics never see it
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of token ids: ``train`` feeds the statistics, ``dev`` judges probes. int64 (n, window)."""
+
+    train: npt.NDArray[np.int64]
+    dev: npt.NDArray[np.int64]
+    names: tuple[str, ...]
+
+    @property
+    def window(self) -> int:
+        """Tokens in one window."""
+        return self.train.shape[1]
+
+
+def read_text(path: Path, encoder: TextEncoder) -> str:
+    """The text of one file; a .jsonl of ``messages`` goes through the model's chat template.
+
+    Raises CalibrationError if the file is missing, not UTF-8 or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text (byte {error.start})", hint="give a plain text file") from None
+    if path.suffix == ".jsonl":
+        text = "\n".join(_jsonl(path, text, encoder))
+    if not text.strip():
+        raise CalibrationError(f"{path} holds no text", hint="give a file with text")
+    return text
+
+
+def _jsonl(path: Path, text: str, encoder: TextEncoder) -> list[str]:
+    out = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            out.append(encoder.render_chat(row["messages"]) if "messages" in row else str(row["text"]))
+        except (ValueError, KeyError, TypeError):
+            raise CalibrationError(f"{path}:{number} has neither messages nor text", hint='one JSON object a line: {"messages": […]} or {"text": …}') from None
+    return out
+
+
+def token_windows(texts: list[str], encoder: TextEncoder, window: int, limit: int) -> npt.NDArray[np.int64]:
+    """At most ``limit`` tokens as windows, an equal share of each text, spread over its length.
+
+    Every window starts with the beginning-of-text token if the model wants one.
+    """
+    lead = [] if encoder.bos is None else [encoder.bos]
+    body = window - len(lead)
+    share = max(1, limit // window // len(texts))
+    rows = []
+    for text in texts:
+        ids = encoder.encode(text)
+        count = len(ids) // body
+        picks = np.unique(np.linspace(0, count - 1, min(share, count)).astype(int)) if count else []
+        rows += [lead + ids[i * body : (i + 1) * body] for i in picks]
+        if not count and len(texts) == 1 and len(ids) >= 32:  # one short text: a single shorter window
+            return np.array([lead + ids], dtype=np.int64)
+    if not rows:
+        raise CalibrationError(f"the calibration text has fewer than {window} tokens", hint="give more text with --calibration")
+    return np.array(rows, dtype=np.int64)
+
+
+def load_calibration(checkpoint: Checkpoint, files: list[Path] | None, tokens: int) -> CalibrationText:
+    """Calibration windows from ``files`` or the default mix, about ``tokens`` tokens in all.
+
+    Raises CalibrationError if there is too little text for both parts.
+    """
+    encoder = TextEncoder(checkpoint)
+    paths = files or [DATA / name for name in DEFAULT_MIX]
+    texts = [read_text(path, encoder) for path in paths]
+    window = min(WINDOW, int(checkpoint.config.get("max_position_embeddings") or WINDOW))
+    windows = token_windows(texts, encoder, window, tokens)
+    if len(windows) < 2:
+        halves = windows.shape[1] // 2
+        windows = windows[:, : 2 * halves].reshape(2, halves)
+    held = np.arange(len(windows)) % DEV_EVERY == DEV_EVERY - 1
+    if not held.any():
+        held[-1] = True
+    return CalibrationText(windows[~held], windows[held], tuple(path.name for path in paths))

@@ -1,0 +1,107 @@
+"""How far two models are apart: pure functions of their logits.
+
+KL divergence is in nats per token, from the original (P) to the candidate (Q): Σ p · (log p − log q).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+
+def kl_divergence(reference_logp: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each token, nats, float32 (n,).
+
+    reference_logp: (n, vocabulary) log-probabilities of the original; logits: (n, vocabulary) of the
+    candidate. Summed as p·(e^d − 1 − d) with d = log q − log p, whose terms are never negative, so that
+    divergences of 1e-7 survive single precision (Σp·e^d = Σq = 1 makes it equal to the definition).
+    """
+    d = logits.log_softmax(-1).sub_(reference_logp)
+    terms = d.expm1().sub_(d).mul_(reference_logp.exp())
+    return terms.sum(-1).clamp_min_(0)
+
+
+def kl_divergence_reference(p_logits: npt.NDArray[Any], q_logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """The textbook form in double precision, for tests. Both (n, vocabulary) → (n,)."""
+
+    def logp(x: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        x = np.asarray(x, np.float64)
+        x = x - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p, q = logp(p_logits), logp(q_logits)
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per token: divergence from the original, log-likelihood of the next token, agreement of the best."""
+
+    kld: npt.NDArray[np.float32]
+    logp: npt.NDArray[np.float32]
+    reference_logp: npt.NDArray[np.float32]
+    same_top: npt.NDArray[np.bool_]
+
+    @staticmethod
+    def join(parts: list[TokenScores]) -> TokenScores:
+        """Scores of several pieces of text, one after the other."""
+        fields = ("kld", "logp", "reference_logp", "same_top")
+        return TokenScores(*(np.concatenate([getattr(p, f) for p in parts]) for f in fields))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Summary of a comparison. KLD in nats per token; perplexities dimensionless; agreement a share."""
+
+    tokens: int
+    mean_kld: float
+    mean_kld_error: float
+    median_kld: float
+    p99_kld: float
+    p999_kld: float
+    max_kld: float
+    perplexity: float
+    reference_perplexity: float
+    perplexity_ratio: float
+    perplexity_ratio_error: float
+    top1_agreement: float
+    top1_error: float
+
+
+def summarize(scores: TokenScores) -> Divergence:
+    """Mean, quantiles and standard errors of per-token scores.
+
+    The error of the perplexity ratio comes from the paired differences of log-likelihoods (delta method).
+    """
+    n = len(scores.kld)
+    if n == 0:
+        raise ValueError("no tokens")
+    kld = scores.kld.astype(np.float64)
+    nll, reference = -scores.logp.astype(np.float64), -scores.reference_logp.astype(np.float64)
+    difference = nll - reference
+    ratio = math.exp(difference.mean())
+    agreement = float(scores.same_top.mean())
+    root = math.sqrt(max(n - 1, 1))
+    median, p99, p999 = np.quantile(kld, [0.5, 0.99, 0.999])
+    return Divergence(
+        tokens=n,
+        mean_kld=float(kld.mean()),
+        mean_kld_error=float(kld.std() / root),
+        median_kld=float(median),
+        p99_kld=float(p99),
+        p999_kld=float(p999),
+        max_kld=float(kld.max()),
+        perplexity=math.exp(nll.mean()),
+        reference_perplexity=math.exp(reference.mean()),
+        perplexity_ratio=ratio,
+        perplexity_ratio_error=float(ratio * difference.std() / root),
+        top1_agreement=agreement,
+        top1_error=math.sqrt(agreement * (1 - agreement) / n),
+    )
