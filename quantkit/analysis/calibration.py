@@ -83,7 +83,7 @@ class _Moments:
             peak = float(value.reshape(-1)[position].abs())
             if peak > getattr(facts, f"{kind}_peak"):
                 setattr(facts, f"{kind}_peak", peak)
-                setattr(facts, f"{kind}_channel", position % value.shape[1])
+                setattr(facts, f"{kind}_channel", position % value.shape[-1])
         if facts.input_rms == 0.0:
             facts.input_rms = float(x.square().mean().sqrt())
             facts.output_rms = float(y.square().mean().sqrt())

@@ -20,7 +20,7 @@ class Observer(Protocol):
     """Is shown what goes into and comes out of every linear map."""
 
     def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
-        """name: GGUF tensor; x: (tokens, columns) input; y: (tokens, rows) output; weight: (rows, columns)."""
+        """name: GGUF tensor; x: (tokens, columns) input; y: (…, rows) output, itself and no view; weight: (rows, columns)."""
 
 
 class Blocks:
@@ -114,7 +114,7 @@ def _linear_hook(name: str, observer: Observer | None) -> Any:
     def hook(module: Any, inputs: tuple[Any, ...], output: Any) -> None:
         assert observer is not None
         x = inputs[0].reshape(-1, inputs[0].shape[-1])
-        observer.see(name, 0, x, output.reshape(len(x), -1), module.weight)
+        observer.see(name, 0, x, output, module.weight)
 
     return hook
 

@@ -1,0 +1,125 @@
+"""Fisher information: how much the output distribution cares about each output of each linear map.
+
+With labels sampled from the model itself, E[g gᵀ] of the log-likelihood's gradient g at a linear map's
+output is the curvature of the KL divergence there. A small change δy then costs ½·Σ_t (g_t·δy_t)² nats.
+We keep the diagonal, per row and per expert. One backward pass, one decoder layer resident; only the
+hidden states between layers are kept. Source of the identity: Martens, arXiv 1412.1193, section 5.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.modeling.blocks import Blocks
+from quantkit.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH = 2
+
+
+@dataclass
+class Fisher:
+    """Mean over all tokens of the squared gradient, by GGUF tensor.
+
+    rows: float64 (experts, rows); tokens an expert never saw count as zero, so traffic is included.
+    embedding: float64 (vocabulary, width), the squared gradient at each embedding row.
+    """
+
+    rows: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    embedding: npt.NDArray[np.float64] | None = None
+    tokens: int = 0
+
+
+class _Gradients:
+    """An Observer that adds up squared gradients of what comes out of each linear map."""
+
+    def __init__(self, checkpoint: Checkpoint, out: Fisher) -> None:
+        self._checkpoint, self._out = checkpoint, out
+
+    def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        info = self._checkpoint.tensors.get(name)
+        if info is None or not y.requires_grad:
+            return
+        shape = (info.experts, info.rows // info.experts)
+        total = self._out.rows.setdefault(name, np.zeros(shape))
+
+        def add(gradient: torch.Tensor) -> None:
+            total[expert] += gradient.reshape(-1, shape[1]).double().square().sum(0).numpy()
+
+        y.register_hook(add)
+
+
+def measure_fisher(
+    checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0
+) -> Fisher:
+    """Diagonal Fisher information at every linear map, from token windows int64 (n, window)."""
+    import torch
+
+    out = Fisher(tokens=windows.size)
+    observer = _Gradients(checkpoint, out)
+    blocks = Blocks(checkpoint)
+    batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
+    hidden: list[list[torch.Tensor]] = [[blocks.embed(batch) for batch in batches]]
+    task = progress.task("Fisher information", total=(3 * blocks.n_layers + 3) * windows.size, unit="tokens")
+    with torch.no_grad():
+        for index in range(blocks.n_layers):
+            with blocks.layer(index) as layer:
+                hidden.append([_tick(task, layer(states)) for states in hidden[-1]])
+    gradients = _head_gradients(blocks, observer, hidden.pop(), out, seed)
+    for index in reversed(range(blocks.n_layers)):
+        inputs = hidden.pop()
+        with blocks.layer(index, observer) as layer:
+            for i, states in enumerate(inputs):
+                states = states.clone().requires_grad_(True)
+                with torch.enable_grad():
+                    layer(states).backward(gradients[i])
+                assert states.grad is not None
+                gradients[i] = states.grad
+                task.advance(2 * batches[i].size)
+    _embedding(checkpoint, batches, gradients, out)
+    task.done()
+    for name in out.rows:
+        out.rows[name] /= windows.size
+    return out
+
+
+def _tick(task: Any, states: torch.Tensor) -> torch.Tensor:
+    task.advance(states.shape[0] * states.shape[1])
+    return states
+
+
+def _head_gradients(
+    blocks: Blocks, observer: _Gradients, hidden: list[torch.Tensor], out: Fisher, seed: int
+) -> list[torch.Tensor]:
+    """Gradients of the sampled labels' log-likelihood at the last hidden states."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    with blocks.head(observer) as head:
+        for states in hidden:
+            states = states.clone().requires_grad_(True)
+            with torch.enable_grad():
+                logp = head(states).log_softmax(-1).reshape(-1, blocks.model.config.vocab_size)
+                labels = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+                logp.gather(1, labels).sum().backward()
+            assert states.grad is not None
+            gradients.append(states.grad)
+    return gradients
+
+
+def _embedding(
+    checkpoint: Checkpoint, batches: list[npt.NDArray[np.int64]], gradients: list[torch.Tensor], out: Fisher
+) -> None:
+    info = checkpoint.info("token_embd.weight")
+    total = np.zeros(info.shape)
+    for batch, gradient in zip(batches, gradients, strict=True):
+        np.add.at(total, batch.reshape(-1), gradient.reshape(-1, info.columns).double().square().numpy())
+    out.embedding = total / out.tokens
