@@ -1,0 +1,64 @@
+"""What the finished file will look like before it is written: metadata, tensor specs, exact size."""
+
+from __future__ import annotations
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint.gguf_writer import TensorSpec, file_bytes
+from quantkit.encoders.stats import ActivationStats
+from quantkit.formats import get_format
+from quantkit.planning.plan import Plan
+
+QUANTIZATION_VERSION = 2
+HASH_BYTES = 16  # of each tensor's SHA-256, kept in the file itself
+HASHES = "quantkit.tensor_sha256_128"
+PLAN_NAME = "quantkit.plan"
+VERSION_KEY = "quantkit.version"
+
+# llama_ftype numbers: llama.cpp, include/llama.h
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11,
+    "Q3_K_M": 12, "Q3_K_L": 13, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "Q2_K_S": 21,
+    "BF16": 32,
+}  # fmt: skip
+
+
+def tensor_specs(checkpoint: Checkpoint, plan: Plan) -> list[TensorSpec]:
+    """Tensors of the output in file order."""
+    return [
+        TensorSpec(info.name, info.shape, get_format(plan.tensors[info.name].format)) for info in checkpoint.tensors.values()
+    ]
+
+
+def output_metadata(
+    checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, hashes: bytes | None = None, base: gv.Metadata | None = None
+) -> gv.Metadata:
+    """Metadata of the output. ``hashes`` may come later: their place has the right length already."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        own = version("quantkit-llm")
+    except PackageNotFoundError:
+        own = "0"
+    out = dict(base if base is not None else checkpoint.metadata())
+    out["general.quantization_version"] = gv.u32(QUANTIZATION_VERSION)
+    out["general.file_type"] = gv.u32(FILE_TYPES.get(plan.label, 0))
+    if stats is not None and plan.use_importance:
+        out["quantize.imatrix.file"] = gv.string("imatrix.gguf")
+        out["quantize.imatrix.dataset"] = gv.string(", ".join(stats.datasets))
+        out["quantize.imatrix.entries_count"] = gv.u32(len(stats.tensors))
+        out["quantize.imatrix.chunks_count"] = gv.u32(stats.chunks)
+    out[VERSION_KEY] = gv.string(own)
+    out[PLAN_NAME] = gv.string(plan.name)
+    out[HASHES] = gv.array(gv.U8, list(hashes or bytes(HASH_BYTES * len(checkpoint.tensors))))
+    return out
+
+
+def planned_bytes(checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None) -> int:
+    """Exact size of the file that ``plan`` becomes."""
+    return file_bytes(output_metadata(checkpoint, plan, stats), tensor_specs(checkpoint, plan))
+
+
+def bits_per_weight(checkpoint: Checkpoint, plan: Plan) -> float:
+    """8 × bytes of tensor data ÷ weights, as llama.cpp prints it."""
+    return 8 * sum(spec.nbytes for spec in tensor_specs(checkpoint, plan)) / checkpoint.n_weights

@@ -1,0 +1,153 @@
+"""The dynamic plan: spend a budget of bytes where it buys the most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from quantkit.analysis.sensitivity import Sensitivity, offered_formats
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint.gguf_writer import padded
+from quantkit.encoders.stats import ActivationStats
+from quantkit.errors import PlanError
+from quantkit.formats import Format, get_format
+from quantkit.planning.artifact import bits_per_weight, planned_bytes
+from quantkit.planning.plan import Assignment, Plan
+from quantkit.planning.policy import Policy
+from quantkit.planning.solver import Choice, solve_knapsack
+
+# Bits per weight above which a dynamic plan carries a label of llama.cpp.
+LABELS = ((0.0, "Q2_K"), (3.1, "Q3_K_M"), (4.3, "Q4_K_M"), (5.3, "Q5_K_M"), (6.2, "Q6_K"), (7.5, "Q8_0"), (12.0, "BF16"))
+
+CostOf = Callable[[TensorInfo, type[Format]], float]
+
+
+def unquantized_format(info: TensorInfo) -> str:
+    """Format of a tensor that llama.cpp never quantizes: F32."""
+    return "F32"
+
+
+def predicted_cost(sensitivity: Sensitivity) -> CostOf:
+    """Cost of a tensor in a format from the analysis; formats it did not measure are refused."""
+
+    def cost(info: TensorInfo, fmt: type[Format]) -> float:
+        entry = sensitivity.tensors.get(info.name)
+        if entry is None:
+            raise PlanError(f"the analysis knows nothing of {info.name}", hint="run `quantkit analyze` again")
+        if fmt.name in entry.formats:
+            return entry.formats[fmt.name].predicted_kld
+        larger = [get_format(f) for f in entry.formats if get_format(f).bpw() >= fmt.bpw()]
+        return 0.0 if not larger else max(entry.formats[f.name].predicted_kld for f in larger)
+
+    return cost
+
+
+def total_prediction(sensitivity: Sensitivity, plan: Plan, checkpoint: Checkpoint) -> float:
+    """Predicted KL divergence of a whole plan: the sum of its tensors' costs, composed as measured.
+
+    composition = (factor, exponent): KLD = factor · Σ^exponent, fitted on plans of the calibration text.
+    """
+    cost = predicted_cost(sensitivity)
+    total = sum(
+        cost(info, get_format(plan.tensors[info.name].format)) for info in checkpoint.tensors.values() if info.quantizable
+    )
+    factor, exponent = sensitivity.composition
+    return factor * total**exponent
+
+
+def data_bytes(info: TensorInfo, fmt: type[Format]) -> int:
+    """Bytes of a tensor in the file, padding included."""
+    return padded(fmt.row_bytes(info.columns) * info.rows)
+
+
+def dynamic_plan(
+    checkpoint: Checkpoint,
+    sensitivity: Sensitivity,
+    stats: ActivationStats | None,
+    budget_bytes: int,
+    policy: Policy,
+    *,
+    budget: dict[str, object] | None = None,
+    cost: CostOf | None = None,
+) -> Plan:
+    """The plan with the least predicted KL divergence whose file has at most ``budget_bytes``.
+
+    Raises PlanError with the smallest and largest size that can be had if the budget cannot be met.
+    """
+    policy.check_used(checkpoint)
+    cost = cost or predicted_cost(sensitivity)
+    groups = policy.groups(checkpoint)
+    options = [_options(group, policy, cost) for group in groups]
+    smallest = _assemble(checkpoint, groups, [min(o, key=lambda c: c.nbytes) for o in options])
+    largest = _assemble(checkpoint, groups, [max(o, key=lambda c: c.nbytes) for o in options])
+    rest = planned_bytes(checkpoint, smallest, stats) - sum(min(c.nbytes for c in o) for o in options)
+    low, high = planned_bytes(checkpoint, smallest, stats), planned_bytes(checkpoint, largest, stats)
+    if budget_bytes < low:
+        raise PlanError(
+            f"a file of {budget_bytes:,} bytes is not possible",
+            hint=f"sizes from {low:,} bytes ({bits_per_weight(checkpoint, smallest):.2f} bpw) to {high:,} bytes "
+            f"({bits_per_weight(checkpoint, largest):.2f} bpw) can be had",
+        )
+    chosen = solve_knapsack(options, budget_bytes - rest)
+    plan = _assemble(checkpoint, groups, chosen)
+    plan.budget = dict(budget or {"file_bytes": budget_bytes})
+    plan.bpw = bits_per_weight(checkpoint, plan)
+    plan.label = next(label for least, label in reversed(LABELS) if plan.bpw >= least)
+    plan.name = f"dynamic-{plan.bpw:.2f}bpw"
+    plan.file_bytes = planned_bytes(checkpoint, plan, stats)
+    plan.predicted_kld = total_prediction(sensitivity, plan, checkpoint)
+    plan.constraints = policy.describe()
+    _explain(plan, checkpoint, groups, options, chosen, policy, sensitivity)
+    return plan
+
+
+def _options(group: list[TensorInfo], policy: Policy, cost: CostOf) -> list[Choice]:
+    allowed = [policy.allowed(info, offered_formats(info)) for info in group]
+    shared = [fmt for fmt in allowed[0] if all(fmt in other for other in allowed[1:])]
+    if not shared:
+        raise PlanError(f"no format fits all of {', '.join(i.name for i in group)}, which must share one")
+    return [
+        Choice(fmt.name, sum(data_bytes(info, fmt) for info in group), sum(cost(info, fmt) for info in group))
+        for fmt in shared
+    ]
+
+
+def _assemble(checkpoint: Checkpoint, groups: list[list[TensorInfo]], chosen: list[Choice]) -> Plan:
+    formats = {info.name: choice.label for group, choice in zip(groups, chosen, strict=True) for info in group}
+    tensors = {
+        info.name: Assignment(formats.get(info.name, unquantized_format(info)), reason="never quantized by llama.cpp")
+        for info in checkpoint.tensors.values()
+    }
+    return Plan("dynamic-0.00bpw", "Q4_K_M", checkpoint.identity, tensors)
+
+
+def _explain(
+    plan: Plan, checkpoint: Checkpoint, groups: list[list[TensorInfo]], options: list[list[Choice]],
+    chosen: list[Choice], policy: Policy, sensitivity: Sensitivity,
+) -> None:  # fmt: skip
+    """Say for every tensor why it got its format, in terms of what one step more or less would do."""
+    total = max(sum(choice.cost for choice in chosen), 1e-30)
+    for group, choices, choice in zip(groups, options, chosen, strict=True):
+        ladder = sorted(choices, key=lambda c: c.nbytes)
+        at = ladder.index(choice)
+        words = [f"{100 * choice.cost / total:.1f} % of the predicted KLD"]
+        if at > 0:
+            below = ladder[at - 1]
+            words.append(f"{below.label} would save {choice.nbytes - below.nbytes:,} bytes and add {_nats(below.cost - choice.cost)}")
+        if at + 1 < len(ladder):
+            above = ladder[at + 1]
+            words.append(f"{above.label} would take {above.nbytes - choice.nbytes:,} bytes to save {_nats(choice.cost - above.cost)}")
+        for info in group:
+            why = list(words)
+            if policy.kept(info) is not None:
+                why = ["kept by request", *words]
+            elif info.name in policy.super_weight_tensors:
+                why = ["holds a super weight", *words]
+            uncovered = sensitivity.tensors[info.name].uncovered_experts
+            if uncovered:
+                why.append(f"experts {uncovered} were not reached by the calibration text")
+            plan.tensors[info.name] = Assignment(choice.label, "ggml", "; ".join(why))
+
+
+def _nats(value: float) -> str:
+    return "nothing" if value <= 0 or math.isclose(value, 0) else f"{value:.2g} nats/token"

@@ -1,0 +1,97 @@
+"""The plan: which tensor gets which format, by which method, and why. On disk: plan.json, made to be edited."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.encoders import get_encoder
+from quantkit.errors import PlanError, QuantkitError
+from quantkit.formats import get_format
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one tensor becomes, and why."""
+
+    format: str
+    method: str = "ggml"
+    reason: str = ""
+
+
+@dataclass
+class Plan:
+    """tensor → assignment, with the budget it was made for and what it is expected to cost.
+
+    label: llama.cpp's nearest standard label, for the file name and ``general.file_type``.
+    use_importance: whether encoders get the activation statistics.
+    """
+
+    name: str
+    label: str
+    identity: str
+    tensors: dict[str, Assignment]
+    file_bytes: int = 0
+    bpw: float = 0.0
+    budget: dict[str, Any] = field(default_factory=dict)
+    predicted_kld: float | None = None
+    use_importance: bool = True
+    constraints: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """The document as text, one line per tensor so that it is easy to edit."""
+        data = asdict(self)
+        tensors = data.pop("tensors")
+        head = json.dumps({"quantkit_plan": VERSION, **data}, indent=1)[:-2]
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items())
+        return f'{head},\n "tensors": {{\n{lines}\n }}\n}}\n'
+
+    @staticmethod
+    def read(path: Path) -> Plan:
+        """Read a plan.json. Raises PlanError naming what is wrong with it."""
+        hint = "correct the file or make it again with `quantkit plan`"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
+        except ValueError as error:
+            raise PlanError(f"{path} is not valid JSON ({error})", hint=hint) from None
+        if not isinstance(data, dict) or data.pop("quantkit_plan", None) != VERSION:
+            raise PlanError(f"{path} is not a plan of this version", hint=hint)
+        try:
+            raw = data.pop("tensors")
+            tensors = {}
+            for name, entry in raw.items():
+                entry = {"format": entry} if isinstance(entry, str) else entry
+                tensors[name] = Assignment(**entry)
+            return Plan(tensors=tensors, **data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise PlanError(f"{path} misses or misnames a field ({error})", hint=hint) from None
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise PlanError unless every tensor has a known format that its rows fit, and the model is the same."""
+        hint = "correct the plan or make it again with `quantkit plan`"
+        if self.identity and self.identity != checkpoint.identity:
+            raise PlanError("the plan was made for another model", hint=hint)
+        for name in self.tensors:
+            if name not in checkpoint.tensors:
+                raise PlanError(f"the plan names {name}, which the model does not have", hint=hint)
+        for info in checkpoint.tensors.values():
+            if info.name not in self.tensors:
+                raise PlanError(f"the plan does not say what becomes of {info.name}", hint=hint)
+            entry = self.tensors[info.name]
+            try:
+                fmt = get_format(entry.format)
+                fmt.row_bytes(info.columns)
+                encoder = get_encoder(entry.method)
+            except QuantkitError as error:
+                raise PlanError(f"plan, {info.name}: {error.what}", hint=error.hint or hint) from None
+            if fmt.name not in encoder.serves:
+                raise PlanError(f"plan, {info.name}: method {entry.method} does not write {fmt.name}", hint=hint)
+            if fmt.is_quantized() and not info.quantizable:
+                raise PlanError(f"plan, {info.name}: llama.cpp does not read this tensor as {fmt.name}", hint="use F32")

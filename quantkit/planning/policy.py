@@ -1,0 +1,104 @@
+"""Rules that a plan must keep, as data a person can read.
+
+A policy turns the model's tensors into groups with allowed formats: tensors that must share a format,
+floors for roles, formats kept by request.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint.roles import ATTENTION_ROLES, SHARED_ROLES, Role
+from quantkit.errors import PlanError
+from quantkit.formats import Format, get_format
+
+# Lowest format a role may get. Super weights are handled by their tensors.
+FLOORS: dict[Role, str] = {
+    **dict.fromkeys(ATTENTION_ROLES, "Q2_K"),
+    **dict.fromkeys(SHARED_ROLES, "Q2_K"),
+    Role.EMBEDDING: "Q2_K",
+    Role.HEAD: "Q3_K",
+}
+SUPER_WEIGHT_FLOOR = "Q6_K"
+
+
+@dataclass(frozen=True)
+class Keep:
+    """``--keep 'regex=FORMAT'``: tensors whose name matches get exactly this format."""
+
+    pattern: str
+    format: type[Format]
+
+    @staticmethod
+    def parse(text: str) -> Keep:
+        """Parse ``regex=FORMAT``. Raises PlanError if it is not one."""
+        pattern, sign, name = text.rpartition("=")
+        if not sign or not pattern:
+            raise PlanError(f"--keep {text!r} is not regex=FORMAT", hint="for example --keep 'attn_v=Q8_0'")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PlanError(f"--keep {text!r}: {error}", hint="give a regular expression") from None
+        return Keep(pattern, get_format(name))
+
+
+@dataclass
+class Policy:
+    """The rules of one plan. ``floors`` maps a role to the lowest format it may get."""
+
+    keeps: list[Keep] = field(default_factory=list)
+    floors: dict[Role, str] = field(default_factory=lambda: dict(FLOORS))
+    super_weight_tensors: frozenset[str] = frozenset()
+    fused: bool = False  # the target runtime fuses q/k/v and gate/up: they share a format
+
+    def describe(self) -> list[str]:
+        """The rules in words."""
+        out = [f"{role.value} at least {name}" for role, name in self.floors.items()]
+        out += [f"{name} at least {SUPER_WEIGHT_FLOOR}: holds a super weight" for name in sorted(self.super_weight_tensors)]
+        out += [f"names matching {keep.pattern!r} are {keep.format.name}" for keep in self.keeps]
+        if self.fused:
+            out.append("q, k and v share a format, gate and up share a format: the runtime fuses them")
+        return out
+
+    def kept(self, info: TensorInfo) -> type[Format] | None:
+        """The format asked for by --keep (first match wins), else None."""
+        return next((keep.format for keep in self.keeps if re.search(keep.pattern, info.name)), None)
+
+    def allowed(self, info: TensorInfo, offered: list[type[Format]]) -> list[type[Format]]:
+        """Formats of ``offered`` that the rules allow for a tensor; never empty."""
+        asked = self.kept(info)
+        if asked is not None:
+            return [asked]
+        floor = self.floors.get(info.role)
+        least = get_format(floor).bpw() if floor else 0.0
+        if info.name in self.super_weight_tensors:
+            least = max(least, get_format(SUPER_WEIGHT_FLOOR).bpw())
+        found = [fmt for fmt in offered if fmt.bpw() >= least]
+        return found or [max(offered, key=lambda fmt: fmt.bpw())]
+
+    def groups(self, checkpoint: Checkpoint) -> list[list[TensorInfo]]:
+        """Quantizable tensors, those that must share a format together."""
+        by_key: dict[object, list[TensorInfo]] = {}
+        for info in checkpoint.tensors.values():
+            if info.quantizable:
+                by_key.setdefault(self._key(info), []).append(info)
+        return list(by_key.values())
+
+    def _key(self, info: TensorInfo) -> object:
+        if self.fused:
+            for roles in ({Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V}, {Role.FFN_GATE, Role.FFN_UP}, {Role.EXPERT_GATE, Role.EXPERT_UP}):
+                if info.role in roles:
+                    return (info.layer, tuple(sorted(r.value for r in roles)))
+        return info.name
+
+    def check_used(self, checkpoint: Checkpoint) -> None:
+        """Raise PlanError if a --keep matches no tensor that can be quantized, or its rows do not fit."""
+        for keep in self.keeps:
+            matched = [t for t in checkpoint.tensors.values() if t.quantizable and re.search(keep.pattern, t.name)]
+            if not matched:
+                raise PlanError(f"--keep {keep.pattern!r} matches no tensor", hint="`quantkit inspect MODEL` lists the names")
+            for info in matched:
+                if self.kept(info) is keep.format and not keep.format.fits(info.columns):
+                    raise PlanError(f"--keep: rows of {info.name} ({info.columns}) do not fit {keep.format.name}")
