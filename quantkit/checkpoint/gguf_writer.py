@@ -64,7 +64,7 @@ class GgufWriter:
     """Accepts the data of the announced tensors in order, in pieces of any size."""
 
     def __init__(self, handle: BinaryIO, metadata: gv.Metadata, tensors: list[TensorSpec]) -> None:
-        self._handle = handle
+        self.handle = handle
         self._pending = list(tensors)
         self._written = 0
         self._header = header_bytes(metadata, tensors)
@@ -76,12 +76,12 @@ class GgufWriter:
         spec = self._pending[0]
         if spec.name != name:
             raise ValueError(f"expected data of {spec.name}, got {name}")
-        self._handle.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+        self.handle.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
         self._written += data.nbytes
         if self._written > spec.nbytes:
             raise ValueError(f"{name}: {self._written} bytes written, {spec.nbytes} announced")
         if self._written == spec.nbytes:
-            self._handle.write(bytes(padded(spec.nbytes) - spec.nbytes))
+            self.handle.write(bytes(padded(spec.nbytes) - spec.nbytes))
             self._pending.pop(0)
             self._written = 0
 
@@ -90,10 +90,10 @@ class GgufWriter:
         header = header_bytes(metadata, self._tensors)
         if len(header) != len(self._header):
             raise ValueError("the header changed its length")
-        position = self._handle.tell()
-        self._handle.seek(0)
-        self._handle.write(header)
-        self._handle.seek(position)
+        position = self.handle.tell()
+        self.handle.seek(0)
+        self.handle.write(header)
+        self.handle.seek(position)
 
     def finish(self) -> None:
         """Check that nothing is missing."""

@@ -1,0 +1,199 @@
+"""Was it worth it: any number of candidates against the original on the same text.
+
+Windows as in llama-perplexity: the text in pieces of ``window`` tokens, each beginning with the
+beginning-of-text token where the model wants one; the second half of every window is scored.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.analysis.texts import read_text
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.evaluation.runners import open_runner
+from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
+from quantkit.modeling.text import TextEncoder
+from quantkit.progress import Progress
+from quantkit.quantizer.manifest import Manifest, manifest_path
+
+REFERENCE_BYTES = 1 << 30  # log-probabilities of the original held at a time
+VERSION = 1
+
+
+@dataclass
+class Candidate:
+    """One row of the table."""
+
+    name: str
+    file_bytes: int
+    bpw: float
+    divergence: Divergence
+    predicted_kld: float | None = None
+    plan: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """Numbers of one comparison; rendered to the terminal, to JSON and to HTML."""
+
+    reference: str
+    reference_bytes: int
+    architecture: str
+    runtime: str
+    texts: list[str]
+    tokens: int
+    window: int
+    candidates: list[Candidate]
+    versions: dict[str, str] = field(default_factory=dict)
+    analysis: dict[str, Any] | None = None
+
+    def to_json(self) -> str:
+        """The document as text."""
+        return json.dumps({"quantkit_report": VERSION, **asdict(self)}, indent=1)
+
+
+def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, limit: int | None) -> npt.NDArray[np.int64]:
+    """All whole windows of the texts, int64 (n, window), at most ``limit`` tokens.
+
+    Raises CalibrationError if there is not one whole window.
+    """
+    encoder = TextEncoder(checkpoint)
+    lead = [] if encoder.bos is None else [encoder.bos]
+    body = window - len(lead)
+    rows = []
+    for path in texts:
+        ids = encoder.encode(read_text(path, encoder))
+        rows += [lead + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+    if not rows:
+        raise CalibrationError(f"the text has fewer than {window} tokens", hint="give a longer text with --text")
+    return np.array(rows[: max(1, limit // window)] if limit else rows, dtype=np.int64)
+
+
+def compare(
+    reference: Path, candidates: list[Path], texts: list[Path], *,
+    runtime: str = "torch", window: int = 512, limit: int | None = None, progress: Progress | None = None,
+) -> Report:  # fmt: skip
+    """Compare candidates with the original in one pass over the reference.
+
+    Raises CheckpointError if a candidate has another vocabulary, CalibrationError if the text is too short.
+    """
+    progress = progress or Progress()
+    original = open_checkpoint(reference)
+    opened = [open_checkpoint(path) for path in candidates]
+    for path, other in zip(candidates, opened, strict=True):
+        _check_same_vocabulary(original, other, path)
+    context = int(original.config.get("max_position_embeddings") or window)
+    windows = evaluation_windows(original, texts, min(window, context), limit)
+    window = windows.shape[1]
+    per_window = (window - window // 2 - 1) * int(original.config["vocab_size"]) * 4
+    chunk = max(1, REFERENCE_BYTES // per_window)
+    task = progress.task("compare", total=windows.size * (1 + len(opened)), unit="tokens")
+    parts: list[list[TokenScores]] = [[] for _ in opened]
+    for start in range(0, len(windows), chunk):
+        some = windows[start : start + chunk]
+        known = _reference_logp(original, some, runtime, task)
+        for i, checkpoint in enumerate(opened):
+            parts[i].append(_score(checkpoint, some, known, runtime, task))
+    task.done()
+    rows = [
+        _candidate(path, checkpoint, summarize(TokenScores.join(scores)))
+        for path, checkpoint, scores in zip(candidates, opened, parts, strict=True)
+    ]
+    return Report(
+        reference=reference.name,
+        reference_bytes=_bytes_of(reference),
+        architecture=original.family.arch,
+        runtime=runtime,
+        texts=[path.name for path in texts],
+        tokens=rows[0].divergence.tokens if rows else 0,
+        window=window,
+        candidates=rows,
+        versions=_versions(runtime),
+    )
+
+
+def _check_same_vocabulary(original: Checkpoint, other: Checkpoint, path: Path) -> None:
+    ours, theirs = original.metadata(), other.metadata()
+    a, b = ours["tokenizer.ggml.tokens"].value, theirs["tokenizer.ggml.tokens"].value
+    if len(a) != len(b):
+        raise CheckpointError(f"{path.name} has {len(b)} tokens, the original {len(a)}", hint="they are not the same model")
+    different = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+    if different is not None:
+        raise CheckpointError(
+            f"{path.name}: token {different} is {b[different]!r}, in the original {a[different]!r}", hint="they are not the same model"
+        )
+
+
+def _reference_logp(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], runtime: str, task: Any) -> list[Any]:
+    """Log-probabilities of the scored half of each window, torch float32 (positions, vocabulary)."""
+    runner = open_runner(checkpoint, runtime, windows.shape[1])
+    half = windows.shape[1] // 2
+    out = []
+    for ids in windows:
+        out.append(runner.logits(ids)[half:-1].log_softmax(-1))
+        task.advance(len(ids))
+    runner.close()
+    return out
+
+
+def _score(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], known: list[Any], runtime: str, task: Any) -> TokenScores:
+    import torch
+
+    runner = open_runner(checkpoint, runtime, windows.shape[1])
+    half = windows.shape[1] // 2
+    parts = []
+    for ids, reference in zip(windows, known, strict=True):
+        logits = runner.logits(ids)[half:-1]
+        labels = torch.from_numpy(ids[half + 1 :])[:, None]
+        logp = logits.log_softmax(-1)
+        parts.append(
+            TokenScores(
+                kld=kl_divergence(reference, logits).numpy(),
+                logp=logp.gather(1, labels)[:, 0].numpy(),
+                reference_logp=reference.gather(1, labels)[:, 0].numpy(),
+                same_top=(logits.argmax(-1) == reference.argmax(-1)).numpy(),
+            )
+        )
+        task.advance(len(ids))
+    runner.close()
+    return TokenScores.join(parts)
+
+
+def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Candidate:
+    from quantkit.formats import get_format
+
+    data = sum(get_format(t.dtype).row_bytes(t.columns) * t.rows for t in checkpoint.tensors.values())
+    predicted = None
+    if manifest_path(path).exists():
+        predicted = Manifest.read(manifest_path(path)).plan.get("predicted_kld")
+    return Candidate(
+        name=path.name,
+        file_bytes=_bytes_of(path),
+        bpw=8 * data / checkpoint.n_weights,
+        divergence=divergence,
+        predicted_kld=predicted,
+        plan={t.name: t.dtype for t in checkpoint.tensors.values() if t.quantizable},
+    )
+
+
+def _bytes_of(path: Path) -> int:
+    return sum(f.stat().st_size for f in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+
+
+def _versions(runtime: str) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {}
+    for name in ("quantkit-llm", "torch", "transformers", *(("llama-cpp-python",) if runtime == "llama" else ())):
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return out

@@ -1,0 +1,102 @@
+"""Runs a model over token windows and gives logits: through torch, or through llama.cpp."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.errors import CheckpointError, MissingDependencyError
+from quantkit.modeling.skeleton import materialized_model
+from quantkit.planning.standard import uniform_plan
+from quantkit.quantizer.pipeline import run as write_artifact
+
+RUNTIMES = ("torch", "llama")
+
+
+class Runner(Protocol):
+    """A loaded model."""
+
+    def logits(self, ids: npt.NDArray[np.int64]) -> Any:
+        """Logits of every position of one window, torch float32 (window, vocabulary). ids: (window,)."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class TorchRunner:
+    """transformers' modules with the decoded weights, float32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._model = materialized_model(checkpoint)
+
+    def logits(self, ids: npt.NDArray[np.int64]) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return self._model(torch.from_numpy(ids)[None]).logits[0]
+
+    def close(self) -> None:
+        self._model = None
+
+
+class LlamaRunner:
+    """llama.cpp through llama-cpp-python: F32 KV cache, flash attention off, all logits kept."""
+
+    def __init__(self, checkpoint: Checkpoint, window: int) -> None:
+        llama_cpp = _llama_cpp()
+        self._stack = contextlib.ExitStack()
+        path = self._stack.enter_context(_gguf_of(checkpoint))
+        try:
+            self._model = llama_cpp.Llama(
+                str(path), n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False,
+                type_k=0, type_v=0, flash_attn=False,
+            )  # fmt: skip
+        except ValueError as error:
+            raise CheckpointError(f"llama.cpp cannot load {checkpoint.path.name} ({error})", hint="try --runtime torch") from None
+
+    def logits(self, ids: npt.NDArray[np.int64]) -> Any:
+        import torch
+
+        self._model.reset()
+        self._model.eval(ids.tolist())
+        return torch.from_numpy(np.array(self._model.scores[: len(ids)], np.float32))
+
+    def close(self) -> None:
+        self._model.close()
+        self._stack.close()
+
+
+def _llama_cpp() -> Any:
+    try:
+        import llama_cpp
+    except ImportError:
+        raise MissingDependencyError("--runtime llama needs llama-cpp-python", hint='pip install "quantkit-llm[llama]"') from None
+    return llama_cpp
+
+
+@contextlib.contextmanager
+def _gguf_of(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A GGUF that llama.cpp runs without rounding activations to BF16: the file itself, or an F32 copy."""
+    plain = all(info.dtype in ("F32", "F16", "BF16", "F64") for info in checkpoint.tensors.values())
+    exact = isinstance(checkpoint, GgufCheckpoint) and (
+        not plain or all(info.dtype == "F32" for info in checkpoint.tensors.values())
+    )
+    if exact:
+        yield checkpoint.path
+        return
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as folder:
+        path = Path(folder) / "reference-f32.gguf"
+        write_artifact(checkpoint, uniform_plan(checkpoint, "F32", None), path)
+        yield path
+
+
+def open_runner(checkpoint: Checkpoint, runtime: str, window: int) -> Runner:
+    """A loaded model for ``runtime`` (torch or llama)."""
+    return LlamaRunner(checkpoint, window) if runtime == "llama" else TorchRunner(checkpoint)

@@ -1,0 +1,1 @@
+"""Doing it: stream, encode, write, resume, verify."""

@@ -1,0 +1,123 @@
+"""The manifest beside a file: what was written, from what, by what, with hashes that verify reads.
+
+GGUF has no checksum of its own. The sidecar ``<file>.manifest.json`` holds SHA-256 of every tensor, of
+the header and of the whole file; the GGUF's metadata carry 128 bits of each tensor's hash, so that the
+data can be checked without the sidecar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint.gguf_reader import GgufFile
+from quantkit.errors import CheckpointError
+from quantkit.planning.artifact import HASH_BYTES, HASHES
+
+VERSION = 1
+CHUNK = 1 << 22
+
+
+@dataclass
+class Manifest:
+    """What one finished file consists of."""
+
+    file: str
+    file_bytes: int
+    file_sha256: str
+    header_sha256: str
+    bpw: float
+    source: dict[str, Any]
+    plan: dict[str, Any]
+    tensors: dict[str, dict[str, Any]]
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        """The document as text."""
+        return json.dumps({"quantkit_manifest": VERSION, **asdict(self)}, indent=1)
+
+    @staticmethod
+    def read(path: Path) -> Manifest:
+        """Read a manifest. Raises CheckpointError if it is damaged."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("quantkit_manifest") != VERSION:
+                raise ValueError("another version")
+            return Manifest(**data)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{path} is not a manifest ({error})", hint="delete it to check the file by itself") from None
+
+
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a file lies."""
+    return path.with_name(path.name + ".manifest.json")
+
+
+@dataclass
+class Verification:
+    """The outcome of verify: what was checked, what was wrong, what could not be checked."""
+
+    file: str
+    checked: list[str]
+    wrong: list[str]
+    unchecked: list[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong and something was checked."""
+        return not self.wrong and bool(self.checked)
+
+
+def hash_range(file: GgufFile, start: int, length: int) -> str:
+    """SHA-256 of a byte range, hexadecimal."""
+    digest = hashlib.sha256()
+    while length > 0:
+        part = file.file.read(start, min(CHUNK, length))
+        digest.update(part)
+        start, length = start + len(part), length - len(part)
+    return digest.hexdigest()
+
+
+def verify(path: Path) -> Verification:
+    """Check a file against its manifest, and against the hashes in its own metadata.
+
+    Raises CheckpointError if the file itself cannot be parsed.
+    """
+    file = GgufFile(path)
+    out = Verification(str(path), [], [], [])
+    actual = {name: hash_range(file, entry.start, entry.nbytes) for name, entry in file.entries.items()}
+    _check_embedded(file, actual, out)
+    sidecar = manifest_path(path)
+    if not sidecar.exists():
+        out.unchecked.append(f"header and whole file: {sidecar.name} is missing")
+        return out
+    manifest = Manifest.read(sidecar)
+    for name, digest in actual.items():
+        entry = manifest.tensors.get(name)
+        if entry is None or entry["sha256"] != digest:
+            out.wrong.append(f"tensor {name} differs from the manifest" if entry else f"tensor {name} is not in the manifest")
+    out.wrong += [f"tensor {name} is missing from the file" for name in manifest.tensors if name not in actual]
+    header = hash_range(file, 0, file.data_start)
+    if header != manifest.header_sha256:
+        out.wrong.append("the header (metadata or tensor table) differs from the manifest")
+    if hash_range(file, 0, file.file.size) != manifest.file_sha256:
+        out.wrong.append(f"the whole file differs from the manifest ({file.file.size:,} bytes, {manifest.file_bytes:,} expected)")
+    out.checked.append(f"header, {len(actual)} tensors and the whole file against {sidecar.name}")
+    return out
+
+
+def _check_embedded(file: GgufFile, actual: dict[str, str], out: Verification) -> None:
+    value = file.metadata.get(HASHES)
+    if value is None or value.item_type != gv.U8 or len(value.value) != HASH_BYTES * len(actual):
+        out.unchecked.append("tensors by the file's own hashes: it carries none (not written by quantkit?)")
+        return
+    raw = bytes(value.value)
+    for i, (name, digest) in enumerate(actual.items()):
+        if raw[HASH_BYTES * i : HASH_BYTES * (i + 1)] != bytes.fromhex(digest)[:HASH_BYTES]:
+            out.wrong.append(f"tensor {name} differs from the hash in the file's metadata")
+    out.checked.append(f"{len(actual)} tensors against the hashes in the file's metadata")
