@@ -1,0 +1,1 @@
+"""What hurts: calibration, Fisher information, probes, super weights, sensitivity."""

@@ -1,0 +1,63 @@
+"""From measured points to the cost the planner uses: probes scale the Fisher estimate of every format."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from quantkit.analysis.sensitivity import FormatCost, Sensitivity, TensorSensitivity
+from quantkit.checkpoint import TensorInfo
+from quantkit.formats import get_format
+
+
+def probe_formats(info: TensorInfo, formats: dict[str, FormatCost]) -> list[str]:
+    """Formats to probe for a tensor: the coarsest, one in the middle and a fine one."""
+    quantized = sorted((f for f in formats if get_format(f).is_quantized()), key=lambda f: get_format(f).bpw())
+    if len(quantized) <= 3:
+        return quantized
+    return [quantized[0], quantized[len(quantized) // 2 - 1], quantized[-2]]
+
+
+def error_of(cost: FormatCost) -> float:
+    """The error that scales the cost: Fisher's estimate where it exists, else the activation error."""
+    return cost.fisher_kld if cost.fisher_kld > 0 else cost.activation_error
+
+
+def fill_predictions(tensor: TensorSensitivity) -> None:
+    """Set ``predicted_kld`` of every format.
+
+    A probed format keeps its probe. Between probes log(KLD ÷ error) is interpolated over log(error), beyond
+    them it stays; without probes the Fisher estimate is the prediction. Costs never rise with more bits.
+    """
+    points = [(error_of(c), c.probe_kld) for c in tensor.formats.values() if c.probe_kld and error_of(c) > 0]
+    points.sort()
+    log_error = [float(np.log(e)) for e, _ in points]
+    log_ratio = [float(np.log(k / e)) for e, k in points]
+    for cost in tensor.formats.values():
+        if cost.probe_kld is not None:
+            cost.predicted_kld = cost.probe_kld
+        elif points and error_of(cost) > 0:
+            ratio = np.exp(np.interp(np.log(error_of(cost)), log_error, log_ratio))
+            cost.predicted_kld = float(ratio * error_of(cost))
+        else:
+            cost.predicted_kld = cost.fisher_kld
+    ordered = sorted(tensor.formats.items(), key=lambda item: get_format(item[0]).bpw())
+    for (_, coarse), (_, fine) in zip(ordered, ordered[1:], strict=False):
+        fine.predicted_kld = min(fine.predicted_kld, coarse.predicted_kld)
+
+
+def fit_composition(predicted: list[float], measured: list[float]) -> tuple[float, float]:
+    """(factor, exponent) of measured ≈ factor · predicted^exponent, least squares in logarithms.
+
+    predicted: sums of single-tensor costs of some plans; measured: their true KL divergence. The exponent
+    is kept within 0.7 … 1.3: beyond, the points do not tell.
+    """
+    x, y = np.log(np.maximum(predicted, 1e-12)), np.log(np.maximum(measured, 1e-12))
+    if len(x) < 2 or np.ptp(x) < 0.1:
+        return float(np.exp(np.mean(y - x))), 1.0
+    exponent = float(np.clip(np.polyfit(x, y, 1)[0], 0.7, 1.3))
+    return float(np.exp(np.mean(y - exponent * x))), exponent
+
+
+def summed_cost(sensitivity: Sensitivity, formats: dict[str, str]) -> float:
+    """Sum of the single-tensor costs of an assignment tensor → format."""
+    return sum(sensitivity.tensors[name].formats[fmt].predicted_kld for name, fmt in formats.items())

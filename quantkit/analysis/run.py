@@ -1,0 +1,159 @@
+"""``analyze``: what hurts. Runs calibration, Fisher information, errors and probes; writes the work directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.analysis.calibration import LinearFacts, calibrate
+from quantkit.analysis.fisher import measure_fisher
+from quantkit.analysis.imatrix import check_stats, read_imatrix, write_imatrix
+from quantkit.analysis.predict import fill_predictions, fit_composition, probe_formats, summed_cost
+from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity, decode_after_encode, measure_errors
+from quantkit.analysis.superweights import find_super_weights
+from quantkit.analysis.texts import CalibrationText, load_calibration
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.checkpoint.files import write_text
+from quantkit.encoders.stats import ActivationStats
+from quantkit.formats import get_format
+from quantkit.progress import Progress
+
+TOKENS = 65536
+FISHER_TOKENS = 8192
+PROBE_TOKENS = 6144
+PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
+PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
+COMPOSITION_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+ANALYSIS, IMATRIX, PICTURE = "analysis.json", "imatrix.gguf", "analysis.png"
+
+
+def work_directory(checkpoint_path: Path, work: Path | None) -> Path:
+    """``work``, or ``./NAME.quantkit``: never inside the model's own folder."""
+    return work if work is not None else Path(f"{checkpoint_path.resolve().name.removesuffix('.gguf')}.quantkit")
+
+
+def analyze(
+    checkpoint: Checkpoint,
+    work: Path,
+    *,
+    calibration: list[Path] | None = None,
+    imatrix: Path | None = None,
+    tokens: int = TOKENS,
+    probes: bool | None = None,
+    progress: Progress | None = None,
+) -> tuple[Sensitivity, ActivationStats]:
+    """Measure what quantizing each tensor costs, and write analysis.json, imatrix.gguf and a picture.
+
+    calibration: text files instead of the package's mix. imatrix: statistics to use instead of measuring
+    them. probes: measure the KL divergence of single tensors directly; None decides by the model's size.
+    Raises CalibrationError for unusable text or statistics, CheckpointError for a damaged model.
+    """
+    progress = progress or Progress()
+    if isinstance(checkpoint, GgufCheckpoint):
+        checkpoint.require_unquantized()
+    text = load_calibration(checkpoint, calibration, tokens)
+    facts: dict[str, LinearFacts] = {}
+    if imatrix is not None:
+        stats = read_imatrix(imatrix)
+        check_stats(stats, checkpoint)
+    else:
+        measured = calibrate(checkpoint, text, progress)
+        stats, facts = measured.stats, measured.facts
+    work.mkdir(parents=True, exist_ok=True)
+    write_imatrix(work / IMATRIX, stats)
+    fisher = measure_fisher(checkpoint, _spread(text.train, FISHER_TOKENS), progress)
+    tensors = measure_errors(checkpoint, stats, fisher, progress)
+    for name, fact in facts.items():
+        if name in tensors:
+            _add_facts(tensors[name], fact)
+    if probes is None:
+        probes = checkpoint.n_weights <= PROBE_WEIGHTS
+    sensitivity = Sensitivity(
+        model=checkpoint.path.resolve().name,
+        architecture=checkpoint.family.arch,
+        identity=checkpoint.identity,
+        estimator="probes" if probes else "fisher",
+        calibration={
+            "texts": list(text.names), "statistics_tokens": int(text.train.size), "held_apart_tokens": int(text.dev.size),
+            "window": text.window, "imatrix": imatrix.name if imatrix else None,
+        },
+        tensors=tensors,
+        super_weights=find_super_weights(checkpoint, facts),
+    )  # fmt: skip
+    if probes:
+        _probe(checkpoint, stats, sensitivity, text, progress)
+    else:
+        for tensor in tensors.values():
+            fill_predictions(tensor)
+    write_text(work / ANALYSIS, sensitivity.to_json())
+    from quantkit.analysis.plot import draw_analysis
+
+    draw_analysis(sensitivity, work / PICTURE)
+    return sensitivity, stats
+
+
+def _spread(windows: np.ndarray, tokens: int) -> np.ndarray:
+    """About ``tokens`` tokens of windows, spread evenly."""
+    count = max(1, min(len(windows), tokens // windows.shape[1]))
+    return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))]
+
+
+def _add_facts(tensor: TensorSensitivity, fact: LinearFacts) -> None:
+    tensor.input_peak, tensor.input_rms, tensor.output_peak = fact.input_peak, fact.input_rms, fact.output_peak
+    tensor.int8_activation_error, tensor.fp8_activation_error = fact.int8, fact.fp8
+
+
+def _probe(
+    checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, text: CalibrationText, progress: Progress
+) -> None:
+    """Measure the KL divergence of single tensors on the windows set aside, then of whole plans."""
+    from quantkit.analysis.probes import ProbeModel
+
+    limit = min(PROBE_TOKENS, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), text.window))
+    model = ProbeModel(checkpoint, _spread(text.dev, limit))
+    todo = [(name, fmt) for name, t in sensitivity.tensors.items() for fmt in probe_formats(checkpoint.info(name), t.formats)]
+    task = progress.task("probe tensors", total=len(todo), unit="probes")
+    for name, fmt in todo:
+        value = decoded(checkpoint, stats, name, fmt)
+        sensitivity.tensors[name].formats[fmt].probe_kld = model.divergence({name: value})
+        task.advance()
+    task.done()
+    for tensor in sensitivity.tensors.values():
+        fill_predictions(tensor)
+    sensitivity.composition = _measure_composition(checkpoint, stats, sensitivity, model, progress)
+
+
+def _measure_composition(
+    checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, model: Any, progress: Progress
+) -> tuple[float, float]:
+    """How single costs add up: whole models at several sizes, measured on the same windows."""
+    predicted, measured = [], []
+    task = progress.task("probe plans", total=len(COMPOSITION_FORMATS), unit="plans")
+    for wanted in COMPOSITION_FORMATS:
+        formats = {name: _nearest(tensor, get_format(wanted).bpw()) for name, tensor in sensitivity.tensors.items()}
+        values = {name: decoded(checkpoint, stats, name, fmt) for name, fmt in formats.items()}
+        predicted.append(summed_cost(sensitivity, formats))
+        measured.append(model.divergence(values))
+        task.advance()
+    task.done()
+    return fit_composition(predicted, measured)
+
+
+def _nearest(tensor: TensorSensitivity, bpw: float) -> str:
+    """The measured format closest to ``bpw``; the most sensitive roles get one step more, as plans do."""
+    ladder = sorted(tensor.formats, key=lambda f: get_format(f).bpw())
+    at = min(range(len(ladder)), key=lambda i: abs(get_format(ladder[i]).bpw() - bpw))
+    generous = tensor.role in ("embedding", "head", "attn_v", "attn_output")
+    return ladder[min(at + generous, len(ladder) - 1)]
+
+
+def decoded(checkpoint: Checkpoint, stats: ActivationStats, name: str, fmt: str) -> np.ndarray:
+    """A tensor as it comes back from a format, in its own shape, float32."""
+    info = checkpoint.info(name)
+    weights = checkpoint.read(name).reshape(info.experts, -1, info.columns)
+    parts = [
+        decode_after_encode(weights[e], stats.importance(name, e), get_format(fmt), name) for e in range(info.experts)
+    ]
+    return np.stack(parts).reshape(info.shape)
