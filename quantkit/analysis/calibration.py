@@ -99,7 +99,9 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress)
     """
     import torch
 
-    result = Calibration(ActivationStats(datasets=text.names, chunks=len(text.train), chunk_size=text.window))
+    result = Calibration(
+        ActivationStats(datasets=text.names, chunks=len(text.train), chunk_size=text.window, identity=checkpoint.identity)
+    )
     observer = _Moments(checkpoint, result)
     blocks = Blocks(checkpoint)
     batches = [text.train[i : i + BATCH] for i in range(0, len(text.train), BATCH)]

@@ -21,6 +21,9 @@ from quantkit.formats import get_format
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
+IDENTITY = "quantkit.model_identity"
+
+
 def write_imatrix(path: Path, stats: ActivationStats) -> None:
     """Write statistics as an imatrix.gguf (atomically)."""
     f32 = get_format("F32")
@@ -30,6 +33,8 @@ def write_imatrix(path: Path, stats: ActivationStats) -> None:
         "imatrix.chunk_count": gv.u32(stats.chunks),
         "imatrix.chunk_size": gv.u32(stats.chunk_size),
     }
+    if stats.identity:
+        metadata[IDENTITY] = gv.string(stats.identity)
     specs: list[TensorSpec] = []
     data: list[np.ndarray] = []
     for name, entry in sorted(stats.tensors.items()):
@@ -63,6 +68,7 @@ def read_imatrix(path: Path) -> ActivationStats:
         datasets=tuple(values.get("imatrix.datasets", ())),
         chunks=int(values.get("imatrix.chunk_count", 0)),
         chunk_size=int(values.get("imatrix.chunk_size", 512)),
+        identity=str(values.get(IDENTITY, "")),
     )
     for name in sorted(names):
         if name + COUNTS not in file.entries:
@@ -84,8 +90,8 @@ def _read(file: GgufFile, name: str) -> np.ndarray:
 def check_stats(stats: ActivationStats, checkpoint: Checkpoint) -> None:
     """Raise CalibrationError if the statistics belong to another model."""
     known = [name for name in stats.tensors if name in checkpoint.tensors]
-    if not known:
-        raise CalibrationError("the imatrix names no tensor of this model", hint="it belongs to another model; run `quantkit analyze`")
+    if not known or (stats.identity and stats.identity != checkpoint.identity):
+        raise CalibrationError("the imatrix belongs to another model", hint="run `quantkit analyze` on this one")
     for name in known:
         info, entry = checkpoint.info(name), stats.tensors[name]
         if entry.sum_squares.shape[1] != info.columns or len(entry.counts) not in (1, info.experts):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from quantkit.analysis.sensitivity import FormatCost, Sensitivity, TensorSensitivity
@@ -61,3 +63,26 @@ def fit_composition(predicted: list[float], measured: list[float]) -> tuple[floa
 def summed_cost(sensitivity: Sensitivity, formats: dict[str, str]) -> float:
     """Sum of the single-tensor costs of an assignment tensor → format."""
     return sum(sensitivity.tensors[name].formats[fmt].predicted_kld for name, fmt in formats.items())
+
+
+def balanced_formats(sensitivity: Sensitivity, bpw: float) -> dict[str, str]:
+    """tensor → format at about ``bpw`` bits per weight, every tensor at the same price of a bit.
+
+    Minimizes cost + price · bytes for each tensor by itself and bisects the price: what the exact solver
+    finds, up to one step. Used to measure how costs add up before there is a plan.
+    """
+    weights = {name: math.prod(t.shape) for name, t in sensitivity.tensors.items()}
+    total = sum(weights.values())
+
+    def at(price: float) -> dict[str, str]:
+        return {
+            name: min(t.formats, key=lambda f: t.formats[f].predicted_kld + price * get_format(f).bpw() * weights[name])
+            for name, t in sensitivity.tensors.items()
+        }
+
+    low, high = 1e-18, 1.0
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        used = sum(get_format(f).bpw() * weights[name] for name, f in at(middle).items()) / total
+        low, high = (middle, high) if used > bpw else (low, middle)
+    return at(high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import numpy as np
 from quantkit.analysis.calibration import LinearFacts, calibrate
 from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.imatrix import check_stats, read_imatrix, write_imatrix
-from quantkit.analysis.predict import fill_predictions, fit_composition, probe_formats, summed_cost
+from quantkit.analysis.predict import balanced_formats, fill_predictions, fit_composition, probe_formats, summed_cost
 from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity, decode_after_encode, measure_errors
 from quantkit.analysis.superweights import find_super_weights
-from quantkit.analysis.texts import CalibrationText, load_calibration
+from quantkit.analysis.texts import DATA, DEFAULT_MIX, CalibrationText, load_calibration
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint
 from quantkit.checkpoint.files import write_text
 from quantkit.encoders.stats import ActivationStats
+from quantkit.errors import CalibrationError
 from quantkit.formats import get_format
 from quantkit.progress import Progress
 
@@ -25,7 +27,7 @@ FISHER_TOKENS = 8192
 PROBE_TOKENS = 6144
 PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
-COMPOSITION_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+COMPOSITION_BPW = (3.0, 3.5, 4.0, 4.75, 5.5)
 ANALYSIS, IMATRIX, PICTURE = "analysis.json", "imatrix.gguf", "analysis.png"
 
 
@@ -53,6 +55,7 @@ def analyze(
     progress = progress or Progress()
     if isinstance(checkpoint, GgufCheckpoint):
         checkpoint.require_unquantized()
+    key = analysis_key(checkpoint, calibration, imatrix, tokens, probes)
     text = load_calibration(checkpoint, calibration, tokens)
     facts: dict[str, LinearFacts] = {}
     if imatrix is not None:
@@ -77,7 +80,7 @@ def analyze(
         estimator="probes" if probes else "fisher",
         calibration={
             "texts": list(text.names), "statistics_tokens": int(text.train.size), "held_apart_tokens": int(text.dev.size),
-            "window": text.window, "imatrix": imatrix.name if imatrix else None,
+            "window": text.window, "imatrix": imatrix.name if imatrix else None, "key": key,
         },
         tensors=tensors,
         super_weights=find_super_weights(checkpoint, facts),
@@ -92,6 +95,19 @@ def analyze(
 
     draw_analysis(sensitivity, work / PICTURE)
     return sensitivity, stats
+
+
+def analysis_key(
+    checkpoint: Checkpoint, calibration: list[Path] | None, imatrix: Path | None, tokens: int, probes: bool | None
+) -> str:
+    """A hash of everything an analysis depends on: it is reused only if this is the same."""
+    digest = hashlib.sha256(f"{checkpoint.identity} {tokens} {probes}".encode())
+    for path in [*(calibration or [DATA / name for name in DEFAULT_MIX]), *([imatrix] if imatrix else [])]:
+        try:
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise CalibrationError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
+    return digest.hexdigest()[:16]
 
 
 def _spread(windows: np.ndarray, tokens: int) -> np.ndarray:
@@ -128,25 +144,17 @@ def _probe(
 def _measure_composition(
     checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, model: Any, progress: Progress
 ) -> tuple[float, float]:
-    """How single costs add up: whole models at several sizes, measured on the same windows."""
+    """How single costs add up: whole plans of several sizes, measured on the same windows."""
     predicted, measured = [], []
-    task = progress.task("probe plans", total=len(COMPOSITION_FORMATS), unit="plans")
-    for wanted in COMPOSITION_FORMATS:
-        formats = {name: _nearest(tensor, get_format(wanted).bpw()) for name, tensor in sensitivity.tensors.items()}
+    task = progress.task("probe plans", total=len(COMPOSITION_BPW), unit="plans")
+    for bpw in COMPOSITION_BPW:
+        formats = balanced_formats(sensitivity, bpw)
         values = {name: decoded(checkpoint, stats, name, fmt) for name, fmt in formats.items()}
         predicted.append(summed_cost(sensitivity, formats))
         measured.append(model.divergence(values))
         task.advance()
     task.done()
     return fit_composition(predicted, measured)
-
-
-def _nearest(tensor: TensorSensitivity, bpw: float) -> str:
-    """The measured format closest to ``bpw``; the most sensitive roles get one step more, as plans do."""
-    ladder = sorted(tensor.formats, key=lambda f: get_format(f).bpw())
-    at = min(range(len(ladder)), key=lambda i: abs(get_format(ladder[i]).bpw() - bpw))
-    generous = tensor.role in ("embedding", "head", "attn_v", "attn_output")
-    return ladder[min(at + generous, len(ladder) - 1)]
 
 
 def decoded(checkpoint: Checkpoint, stats: ActivationStats, name: str, fmt: str) -> np.ndarray:

@@ -39,6 +39,7 @@ class ActivationStats:
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     chunk_size: int = 512
+    identity: str = ""
 
     def importance(self, name: str, expert: int = 0) -> npt.NDArray[np.float32] | None:
         """Mean of x² for the columns of one tensor's expert, None where nothing is known."""

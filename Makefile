@@ -1,0 +1,46 @@
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-encode bench-quantize clean
+
+demo: setup  ## analyze, plan, quantize and compare on the shipped model
+	$(PY) examples/demo.py
+
+test: setup-dev lint  ## lint, types and tests
+	$(PY) -m pytest -m "not slow"
+
+test-all: setup-dev lint  ## the long checks too
+	$(PY) -m pytest
+
+lint:
+	$(PY) -m ruff check quantkit tests tools benchmarks examples
+	$(PY) -m mypy
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q -e .
+	touch $@
+
+# llama.cpp is built once into ~/.cache/quantkit; llama-cpp-python is laid on top of it (15 s instead of 9 min).
+$(VENV)/.installed-dev: pyproject.toml tools/build_llama.py
+	test -d $(VENV) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q "cmake>=3.26" "ninja>=1.11"
+	$(PY) tools/build_llama.py
+	$(PY) -m pip install -q -e ".[dev]"
+	touch $@
+
+bench-allocation: setup-dev  ## dynamic plans against llama-quantize at equal bytes (needs ../shared)
+	$(PY) benchmarks/allocation.py
+
+bench-encode: setup-dev  ## encoders against ggml's C
+	$(PY) benchmarks/encode.py
+
+bench-quantize: setup-dev  ## wall time and memory against llama-quantize on a file of over 1 GB
+	$(PY) benchmarks/quantize.py
+
+clean:
+	rm -rf demo *.quantkit build *.egg-info

@@ -1,0 +1,231 @@
+"""The five verbs: analyze, plan, quantize, compare, load. The command line calls these and prints.
+
+Each stage reads and writes plain files in the work directory and is skipped if they are there already.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quantkit.analysis.run import ANALYSIS, IMATRIX, TOKENS, analysis_key, analyze as run_analysis, work_directory
+from quantkit.analysis.imatrix import check_stats, read_imatrix
+from quantkit.analysis.sensitivity import Sensitivity
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.files import refuse_existing, write_text
+from quantkit.encoders.stats import ActivationStats
+from quantkit.errors import CalibrationError, PlanError
+from quantkit.evaluation.compare import Report
+from quantkit.planning.budget import Request, budget_bytes
+from quantkit.planning.dynamic import dynamic_plan
+from quantkit.planning.memory import Run
+from quantkit.planning.plan import Plan
+from quantkit.planning.policy import Keep, Policy
+from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
+from quantkit.progress import Progress
+from quantkit.quantizer.manifest import Manifest
+from quantkit.quantizer.pipeline import run as run_quantizer
+
+PLAN, TENSORS = "plan.json", "tensors"
+
+
+@dataclass
+class Options:
+    """What analyze takes, and quantize too, because it runs analyze where that is missing.
+
+    calibration: text files instead of the package's mix. imatrix: statistics made elsewhere. tokens: how
+    much text. probes: measure single tensors directly (None: if the model is small). work: the work
+    directory (None: ./NAME.quantkit). pre_tokenizer: llama.cpp's name where it cannot be recognized.
+    """
+
+    calibration: Sequence[Path] = ()
+    imatrix: Path | None = None
+    tokens: int = TOKENS
+    probes: bool | None = None
+    work: Path | None = None
+    pre_tokenizer: str | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def given(self) -> bool:
+        """Whether the user brought statistics or text of their own."""
+        return bool(self.calibration) or self.imatrix is not None
+
+
+def analyze(model: str | Path, options: Options | None = None, **keywords: Any) -> Sensitivity:
+    """Measure what quantizing each tensor of ``model`` costs; reuses an analysis made from the same input.
+
+    Keywords are the fields of :class:`Options`. Raises CheckpointError or CalibrationError.
+    """
+    options = options or Options(**keywords)
+    checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
+    return _analysis(checkpoint, options)[0]
+
+
+def _analysis(checkpoint: Checkpoint, options: Options) -> tuple[Sensitivity, ActivationStats]:
+    work = work_directory(checkpoint.path, options.work)
+    files = [Path(p) for p in options.calibration] or None
+    key = analysis_key(checkpoint, files, options.imatrix, options.tokens, options.probes)
+    if (work / ANALYSIS).exists() and (work / IMATRIX).exists():
+        known = _reusable(work, checkpoint, key, options)
+        if known is not None:
+            return known
+    return run_analysis(
+        checkpoint, work, calibration=files, imatrix=options.imatrix, tokens=options.tokens, probes=options.probes,
+        progress=options.progress,
+    )  # fmt: skip
+
+
+def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) -> tuple[Sensitivity, ActivationStats] | None:
+    """The analysis in the work directory if it is of this model, and of this input where one was given."""
+    try:
+        sensitivity = Sensitivity.read(work / ANALYSIS)
+        stats = read_imatrix(work / IMATRIX)
+    except CalibrationError:
+        return None
+    if sensitivity.identity != checkpoint.identity:
+        raise CalibrationError(f"{work} holds the analysis of another model ({sensitivity.model})", hint="choose another --work")
+    default = not options.given and options.tokens == TOKENS and options.probes is None
+    return (sensitivity, stats) if default or sensitivity.calibration.get("key") == key else None
+
+
+def plan(
+    model: str | Path, request: Request | None = None, keep: Sequence[str] = (), options: Options | None = None, **keywords: Any
+) -> Plan:
+    """The dynamic plan for a budget, written to plan.json in the work directory.
+
+    Keywords: ``bpw``, ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options.
+    Raises PlanError with the sizes that can be had if the budget is impossible.
+    """
+    names = ("bpw", "size", "fit", "like", "run")
+    request = request or Request(**{k: keywords.pop(k) for k in names if k in keywords})
+    options = options or Options(**keywords)
+    checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
+    return _dynamic(checkpoint, request, keep, options)[0]
+
+
+def _dynamic(
+    checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options
+) -> tuple[Plan, ActivationStats]:
+    keeps = [Keep.parse(text) for text in keep]
+    sensitivity, stats = _analysis(checkpoint, options)
+    policy = Policy(keeps=keeps, super_weight_tensors=frozenset(w["tensor"] for w in sensitivity.super_weights))
+    size, asked = budget_bytes(request, checkpoint, stats)
+    made = dynamic_plan(checkpoint, sensitivity, stats, size, policy, budget={**asked, "budget_bytes": size})
+    work = work_directory(checkpoint.path, options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    write_text(work / PLAN, made.to_json())
+    return made, stats
+
+
+def quantize(
+    model: str | Path, out: str | Path | None = None, plan: str | Plan = "dynamic", request: Request | None = None, *,
+    keep: Sequence[str] = (), use_importance: bool = True, force: bool = False, options: Options | None = None,
+    **keywords: Any,
+) -> tuple[Path, Manifest]:  # fmt: skip
+    """Write ``model`` as a quantized GGUF and return its path and manifest.
+
+    plan: ``dynamic``, ``standard:Q4_K_M`` (or just ``Q4_K_M``), ``uniform:Q6_K``, a Plan or the path of a
+    plan.json. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
+    under the final name.
+    """
+    names = ("bpw", "size", "fit", "like", "run")
+    request = request or Request(**{k: keywords.pop(k) for k in names if k in keywords})
+    options = options or Options(**keywords)
+    checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
+    if out is not None:
+        refuse_existing(Path(out), force)
+    made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options)
+    target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
+    cache = work_directory(checkpoint.path, options.work) / TENSORS
+    manifest = run_quantizer(
+        checkpoint, made, target, stats=stats, cache=cache if stats is not None else None, force=force, progress=options.progress
+    )
+    return target, manifest
+
+
+def _resolve_plan(
+    checkpoint: Checkpoint, plan: str | Plan, request: Request, keep: Sequence[str], use_importance: bool, options: Options
+) -> tuple[Plan, ActivationStats | None]:
+    if isinstance(plan, Plan):
+        return plan, _stats_at_hand(checkpoint, options) if plan.use_importance else None
+    if plan == "dynamic":
+        if not use_importance:
+            raise PlanError("--no-imatrix goes with standard and uniform plans", hint="a dynamic plan is made from statistics")
+        return _dynamic(checkpoint, request, keep, options)
+    if keep or any(v is not None for v in (request.bpw, request.size, request.fit, request.like)):
+        raise PlanError(f"--plan {plan} has its own size", hint="leave out --bpw, --size, --fit, --like and --keep, or use --plan dynamic")
+    kind, _, name = plan.rpartition(":")
+    if not kind and (name.upper() in BASE or name.upper() in ALIASES):
+        kind = "standard"
+    if kind not in ("standard", "uniform"):
+        if not Path(plan).exists():
+            raise PlanError(f"unknown plan {plan!r}", hint="dynamic, standard:Q4_K_M, uniform:Q6_K or the path of a plan.json")
+        made = Plan.read(Path(plan))
+        return made, _stats_at_hand(checkpoint, options) if made.use_importance else None
+    stats = _stats_at_hand(checkpoint, options) if use_importance else None
+    maker = standard_plan if kind == "standard" else uniform_plan
+    return maker(checkpoint, name, stats, stats is not None), stats
+
+
+def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats | None:
+    """Statistics that the user gave or an earlier analysis left; None where there are none."""
+    if options.imatrix is not None:
+        stats = read_imatrix(options.imatrix)
+        check_stats(stats, checkpoint)
+        return stats
+    if options.calibration:
+        return _analysis(checkpoint, options)[1]
+    path = work_directory(checkpoint.path, options.work) / IMATRIX
+    if not path.exists():
+        return None
+    stats = read_imatrix(path)
+    check_stats(stats, checkpoint)
+    return stats
+
+
+def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
+    """File name by llama.cpp's convention: model, our plan, then a label that the Hub recognizes."""
+    stem = re.sub(r"[-_.](f32|f16|bf16)$", "", checkpoint.path.resolve().name.removesuffix(".gguf"), flags=re.IGNORECASE)
+    middle = f"-{plan.name}" if plan.name.startswith("dynamic") else ""
+    return f"{stem}{middle}-{plan.label}.gguf"
+
+
+def compare(
+    reference: str | Path, candidates: Sequence[str | Path], text: Sequence[str | Path] = (), *, runtime: str = "torch",
+    window: int = 512, limit: int | None = None, html: str | Path | None = None, work: Path | None = None,
+    progress: Progress | None = None,
+) -> Report:  # fmt: skip
+    """KL divergence, perplexity and agreement of ``candidates`` against ``reference``; optionally an HTML report.
+
+    Raises CheckpointError if a candidate has another vocabulary, CalibrationError if there is too little text.
+    """
+    from quantkit.evaluation.compare import compare as run_compare
+    from quantkit.evaluation.report import write_html
+    from quantkit.evaluation.texts import default_texts
+
+    texts = [Path(t) for t in text] or default_texts()
+    report = run_compare(
+        Path(reference), [Path(c) for c in candidates], texts, runtime=runtime, window=window, limit=limit, progress=progress
+    )
+    path = work_directory(Path(reference), work) / ANALYSIS
+    sensitivity = Sensitivity.read(path) if path.exists() else None
+    if html is not None:
+        write_html(report, Path(html), sensitivity)
+    return report
+
+
+def load(path: str | Path) -> Any:
+    """A model in torch (transformers' class, float32) from a checkpoint or a quantized GGUF, ready to run.
+
+    Raises CheckpointError if the file cannot be read.
+    """
+    from quantkit.modeling.skeleton import materialized_model
+
+    return materialized_model(open_checkpoint(path))
+
+
+__all__ = ["Options", "Request", "Run", "analyze", "artifact_name", "compare", "load", "plan", "quantize"]

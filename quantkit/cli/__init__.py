@@ -1,0 +1,60 @@
+"""The command line: one file per command, each imported when it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+COMMANDS = {
+    "inspect": "What is in a model: architecture, tensors, roles, shapes, bytes.",
+    "analyze": "What hurts: the cost of every tensor in every format, super weights, outliers.",
+    "plan": "Spend a byte budget where it matters, and say why.",
+    "quantize": "Write a quantized GGUF; runs what is missing, reuses what is there.",
+    "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
+    "verify": "Check a file against its manifest and its own hashes.",
+    "formats": "Every format: bits, block, container, speed class.",
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and imports one only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        from importlib import import_module
+
+        return import_module(f"quantkit.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        if args and args[0] not in COMMANDS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"no command {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        click.echo(f"quantkit {version('quantkit-llm')}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
+def main() -> None:
+    """Quantize language models: find what hurts, spend bytes where it matters, prove the result.
+
+    MODEL is a Hugging Face folder (safetensors) or a GGUF file in BF16, F16 or F32.
+    """

@@ -1,0 +1,69 @@
+"""quantkit analyze."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.cli.output import common, emit_json, guarded, make_options, print_table
+
+
+@click.command("analyze", help="What hurts: the cost of every tensor in every format, super weights, outliers.")
+@click.argument("model", type=click.Path(path_type=Path))
+@common
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@guarded
+def command(model: Path, as_json: bool, **values: Any) -> None:
+    """Measure, write the work directory, print the table."""
+    import json
+
+    from quantkit.analysis.run import ANALYSIS, IMATRIX, PICTURE, work_directory
+    from quantkit.api import analyze
+
+    options = make_options(values)
+    sensitivity = analyze(model, options)
+    options.progress.stop()
+    if as_json:
+        emit_json(json.loads(sensitivity.to_json()))
+        return
+    work = work_directory(model, values["work"])
+    print_sensitivity(sensitivity)
+    for weight in sensitivity.super_weights:
+        click.echo(
+            f"super weight: {weight['tensor']}[{weight['row']}, {weight['column']}] = {weight['value']:.4g} "
+            f"(input {weight['input_spike']:.0f} ×, output {weight['output_spike']:.0f} × its root mean square)"
+        )
+    if not sensitivity.super_weights:
+        click.echo("super weights: none found")
+    for name, tensor in sensitivity.tensors.items():
+        if tensor.uncovered_experts:
+            click.echo(f"not reached by the calibration text: experts {tensor.uncovered_experts} of {name}", err=True)
+    click.echo(f"written: {work / ANALYSIS}, {work / IMATRIX}, {work / PICTURE}")
+
+
+def print_sensitivity(sensitivity: Any) -> None:
+    """One row a tensor: errors at 4.5 bits, activation costs, predicted KLD along the formats."""
+    from quantkit.analysis.plot import reference_format
+    from quantkit.formats import get_format
+
+    shown = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"]
+    if not any("Q4_K" in t.formats for t in sensitivity.tensors.values()):
+        shown = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+    rows = []
+    for name, tensor in sensitivity.tensors.items():
+        cost = tensor.formats[reference_format(tensor)]
+        quantized = sorted((f for f in tensor.formats if get_format(f).is_quantized()), key=lambda f: get_format(f).bpw())
+        costs = [tensor.formats.get(f) for f in shown] if set(shown) & set(quantized) else [None] * len(shown)
+        rows.append([
+            name, tensor.role, f"{cost.weight_error:.1e}", f"{cost.activation_error:.1e}",
+            "–" if tensor.int8_activation_error is None else f"{tensor.int8_activation_error:.0e}",
+            "–" if tensor.fp8_activation_error is None else f"{tensor.fp8_activation_error:.0e}",
+            f"{tensor.kurtosis:.1f}", str(tensor.outlier_channels), *("–" if c is None else f"{c.predicted_kld:.1e}" for c in costs),
+        ])  # fmt: skip
+    print_table(
+        f"{sensitivity.model}: relative errors at about 4.5 bits; predicted KLD in nats per token ({sensitivity.estimator})",
+        ["tensor", "role", "weight error", "output error", "INT8 act.", "FP8 act.", "kurtosis", "outlier channels", *shown],
+        rows, left=2,
+    )  # fmt: skip

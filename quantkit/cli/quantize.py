@@ -1,0 +1,48 @@
+"""quantkit quantize."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from quantkit.cli.output import budget, common, emit_json, guarded, make_options, make_request, size
+
+
+@click.command("quantize", help="""Write a quantized GGUF; runs what is missing, reuses what is there.
+
+PLAN may be given as a second argument too, as with llama-quantize: quantkit quantize MODEL Q4_K_M.""")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("mix", required=False)
+@click.option("--plan", help="dynamic (default), standard:Q4_K_M, uniform:Q6_K or a plan.json.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file (default: a name by llama.cpp's convention).")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics.")
+@budget
+@common
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@guarded
+def command(
+    model: Path, mix: str | None, plan: str | None, output: Path | None, force: bool, no_imatrix: bool, as_json: bool, **values: Any
+) -> None:
+    """Quantize and print what was written."""
+    from quantkit.api import quantize
+    from quantkit.errors import PlanError
+
+    if mix and plan:
+        raise PlanError(f"both {mix} and --plan {plan} name a plan", hint="give one of them")
+    options = make_options(values)
+    path, manifest = quantize(
+        model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], use_importance=not no_imatrix,
+        force=force, options=options,
+    )  # fmt: skip
+    options.progress.stop()
+    if as_json:
+        emit_json({"output": str(path), **asdict(manifest)})
+        return
+    predicted = manifest.plan.get("predicted_kld")
+    expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
+    click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "
+               f"encoded in {manifest.seconds:.1f} s")  # fmt: skip
