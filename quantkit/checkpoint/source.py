@@ -394,6 +394,8 @@ class GgufCheckpoint(Checkpoint):
             for name, entry in file.entries.items()
         }
         self.config["tie_word_embeddings"] = self.tied
+        biased = "blk.0.attn_q.bias" in self.tensors  # GGUF has no key for biases: the tensors tell
+        self.config.update(attention_bias=biased, qkv_bias=biased, mlp_bias="blk.0.ffn_down.bias" in self.tensors)
         self._check_shapes()
 
     def require_unquantized(self) -> None:

@@ -41,7 +41,7 @@ def _affine(d: np.ndarray, dmin: np.ndarray, sc: np.ndarray, mn: np.ndarray, q: 
     """w = (d·sc)·q − (dmin·mn) per sub-block. d, dmin: (n,); sc, mn: (n, g); q: (n, 256)."""
     scale = d.astype(F32)[:, None] * sc.astype(F32)
     minimum = dmin.astype(F32)[:, None] * mn.astype(F32)
-    grouped = q.reshape(len(q), sc.shape[1], -1).astype(F32)
+    grouped = q.reshape(len(q), sc.shape[1], SUPER // sc.shape[1]).astype(F32)
     return (scale[:, :, None] * grouped - minimum[:, :, None]).reshape(len(q), SUPER)
 
 

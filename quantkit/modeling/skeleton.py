@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint
 from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are computed, not loaded
+    if isinstance(checkpoint, GgufCheckpoint) and "rope_freqs.weight" in checkpoint.tensors:
+        model.model.rotary_emb.inv_freq /= torch.from_numpy(checkpoint.read("rope_freqs.weight"))
     return model.eval().requires_grad_(False)
 
 

@@ -6,6 +6,10 @@ Solved exactly by HiGHS through scipy.optimize.milp: minimize Σ cost·x subject
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,17 +53,32 @@ def solve_knapsack(groups: list[list[Choice]], budget: int) -> list[Choice]:
     costs = np.array([choice.cost for _, choice in flat], float)
     scale = max(costs.max(initial=0.0), 1e-300)
     one_each = csr_array((np.ones(len(flat)), ([g for g, _ in flat], range(len(flat)))), shape=(len(kept), len(flat)))
-    result = milp(
-        costs / scale,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None, :], ub=budget / 32)],
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-6, "time_limit": 60},
-    )
+    with _quiet_stdout():
+        result = milp(
+            costs / scale,
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None, :], ub=budget / 32)],
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 1e-6, "time_limit": 60},
+        )
     if result.x is None:
         raise PlanError(f"no plan found within {budget:,} bytes ({result.message})")
     chosen = [choice for x, (_, choice) in zip(result.x, flat, strict=True) if x > 0.5]
     return _spend_rest(kept, chosen, budget)
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """HiGHS prints debugging lines straight to file descriptor 1, where results go: silence it."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _spend_rest(groups: list[list[Choice]], chosen: list[Choice], budget: int) -> list[Choice]:

@@ -1,0 +1,43 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Builds (once) and returns the folder of a tiny model by architecture name."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("tiny")
+
+    def get(name: str) -> Path:
+        folder = root / name
+        return folder if folder.exists() else tiny.build(name, folder)
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def analyzed(tiny_folder, tmp_path_factory):
+    """(model folder, work directory) of a tiny model with a finished analysis."""
+    import tiny
+
+    from quantkit.analysis.run import analyze
+    from quantkit.checkpoint import open_checkpoint
+
+    folder = tmp_path_factory.mktemp("analyzed") / "model"
+    tiny.build("qwen2_moe", folder, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, shared_expert_intermediate_size=256)
+    work = folder.parent / "work"
+    text = folder.parent / "text.txt"
+    text.write_text((tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()[:60000])
+    analyze(open_checkpoint(folder), work, calibration=[text], tokens=8192)
+    return folder, work, text
