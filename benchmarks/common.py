@@ -31,7 +31,9 @@ def tool(name: str, *arguments: str | Path) -> str:
 def environment() -> dict[str, Any]:
     """Commit, hardware and versions of this run."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    dirty = bool(subprocess.run(["git", "status", "--porcelain", "quantkit"], capture_output=True, text=True, cwd=ROOT).stdout.strip())
+    dirty = bool(
+        subprocess.run(["git", "status", "--porcelain", "quantkit"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    )
     packages = {}
     for name in ("quantkit-llm", "torch", "transformers", "numpy", "numba", "scipy"):
         try:

@@ -1,6 +1,6 @@
 """The main job on the shipped model: analyze → plan → quantize → compare, from nothing, with a report.
 
-    make demo
+make demo
 """
 
 from __future__ import annotations

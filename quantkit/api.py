@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantkit.analysis.run import ANALYSIS, IMATRIX, TOKENS, analysis_key, analyze as run_analysis, work_directory
 from quantkit.analysis.imatrix import check_stats, read_imatrix
+from quantkit.analysis.run import ANALYSIS, IMATRIX, TOKENS, analysis_key, work_directory
+from quantkit.analysis.run import analyze as run_analysis
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.checkpoint.files import refuse_existing, write_text
+from quantkit.checkpoint.files import refuse_existing, require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError, PlanError
 from quantkit.evaluation.compare import Report
+from quantkit.planning.artifact import bits_per_weight, planned_bytes
 from quantkit.planning.budget import Request, budget_bytes
-from quantkit.planning.dynamic import dynamic_plan
+from quantkit.planning.dynamic import dynamic_plan, total_prediction
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
 from quantkit.planning.policy import Keep, Policy
@@ -49,10 +51,21 @@ class Options:
     pre_tokenizer: str | None = None
     progress: Progress = field(default_factory=Progress)
 
+    def __post_init__(self) -> None:
+        self.calibration = [Path(path) for path in self.calibration]
+        self.imatrix = Path(self.imatrix) if self.imatrix is not None else None
+        self.work = Path(self.work) if self.work is not None else None
+
     @property
     def given(self) -> bool:
         """Whether the user brought statistics or text of their own."""
         return bool(self.calibration) or self.imatrix is not None
+
+
+def _options(options: Options | None, keywords: dict[str, Any]) -> Options:
+    if options is not None and keywords:
+        raise TypeError(f"give options or keywords, not both: {', '.join(keywords)}")
+    return options or Options(**keywords)
 
 
 def analyze(model: str | Path, options: Options | None = None, **keywords: Any) -> Sensitivity:
@@ -60,7 +73,7 @@ def analyze(model: str | Path, options: Options | None = None, **keywords: Any) 
 
     Keywords are the fields of :class:`Options`. Raises CheckpointError or CalibrationError.
     """
-    options = options or Options(**keywords)
+    options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     return _analysis(checkpoint, options)[0]
 
@@ -89,7 +102,8 @@ def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) ->
     if sensitivity.identity != checkpoint.identity:
         raise CalibrationError(f"{work} holds the analysis of another model ({sensitivity.model})", hint="choose another --work")
     default = not options.given and options.tokens == TOKENS and options.probes is None
-    return (sensitivity, stats) if default or sensitivity.calibration.get("key") == key else None
+    same = default and sensitivity.calibration.get("stamp") == checkpoint.stamp
+    return (sensitivity, stats) if same or sensitivity.calibration.get("key") == key else None
 
 
 def plan(
@@ -102,17 +116,19 @@ def plan(
     """
     names = ("bpw", "size", "fit", "like", "run")
     request = request or Request(**{k: keywords.pop(k) for k in names if k in keywords})
-    options = options or Options(**keywords)
+    options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     return _dynamic(checkpoint, request, keep, options)[0]
 
 
-def _dynamic(
-    checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options
-) -> tuple[Plan, ActivationStats]:
-    keeps = [Keep.parse(text) for text in keep]
+def _dynamic(checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options) -> tuple[Plan, ActivationStats]:
+    policy = Policy(keeps=[Keep.parse(text) for text in keep])
+    policy.check_used(checkpoint)
+    if request.fit is not None or request.size is not None:
+        budget_bytes(request, checkpoint, None)  # what is impossible is refused before the analysis
     sensitivity, stats = _analysis(checkpoint, options)
-    policy = Policy(keeps=keeps, super_weight_tensors=frozenset(w["tensor"] for w in sensitivity.super_weights))
+    policy.super_weight_tensors = frozenset(w["tensor"] for w in sensitivity.super_weights)
+    policy.tied_heads = frozenset({"token_embd.weight"} if checkpoint.tied else ())
     size, asked = budget_bytes(request, checkpoint, stats)
     made = dynamic_plan(checkpoint, sensitivity, stats, size, policy, budget={**asked, "budget_bytes": size})
     work = work_directory(checkpoint.path, options.work)
@@ -134,10 +150,11 @@ def quantize(
     """
     names = ("bpw", "size", "fit", "like", "run")
     request = request or Request(**{k: keywords.pop(k) for k in names if k in keywords})
-    options = options or Options(**keywords)
+    options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     if out is not None:
         refuse_existing(Path(out), force)
+        require_folder(Path(out))
     made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options)
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
     cache = work_directory(checkpoint.path, options.work) / TENSORS
@@ -150,25 +167,49 @@ def quantize(
 def _resolve_plan(
     checkpoint: Checkpoint, plan: str | Plan, request: Request, keep: Sequence[str], use_importance: bool, options: Options
 ) -> tuple[Plan, ActivationStats | None]:
+    sized = bool(keep) or any(v is not None for v in (request.bpw, request.size, request.fit, request.like))
+    if sized and plan != "dynamic":
+        raise PlanError(
+            f"--plan {plan if isinstance(plan, str) else plan.name} has its own size",
+            hint="leave out --bpw, --size, --fit, --like and --keep, or use --plan dynamic",
+        )
     if isinstance(plan, Plan):
-        return plan, _stats_at_hand(checkpoint, options) if plan.use_importance else None
+        return _given_plan(checkpoint, plan, use_importance, options)
     if plan == "dynamic":
         if not use_importance:
             raise PlanError("--no-imatrix goes with standard and uniform plans", hint="a dynamic plan is made from statistics")
         return _dynamic(checkpoint, request, keep, options)
-    if keep or any(v is not None for v in (request.bpw, request.size, request.fit, request.like)):
-        raise PlanError(f"--plan {plan} has its own size", hint="leave out --bpw, --size, --fit, --like and --keep, or use --plan dynamic")
     kind, _, name = plan.rpartition(":")
     if not kind and (name.upper() in BASE or name.upper() in ALIASES):
         kind = "standard"
     if kind not in ("standard", "uniform"):
         if not Path(plan).exists():
             raise PlanError(f"unknown plan {plan!r}", hint="dynamic, standard:Q4_K_M, uniform:Q6_K or the path of a plan.json")
-        made = Plan.read(Path(plan))
-        return made, _stats_at_hand(checkpoint, options) if made.use_importance else None
+        return _given_plan(checkpoint, Plan.read(Path(plan)), use_importance, options)
     stats = _stats_at_hand(checkpoint, options) if use_importance else None
     maker = standard_plan if kind == "standard" else uniform_plan
     return maker(checkpoint, name, stats, stats is not None), stats
+
+
+def _given_plan(
+    checkpoint: Checkpoint, plan: Plan, use_importance: bool, options: Options
+) -> tuple[Plan, ActivationStats | None]:
+    """A plan that was read or handed over: checked, with its numbers made anew, since it may have been edited."""
+    plan.check(checkpoint)
+    plan.use_importance = plan.use_importance and use_importance
+    stats = _stats_at_hand(checkpoint, options) if plan.use_importance else None
+    if plan.use_importance and stats is None:
+        raise PlanError(
+            "the plan wants activation statistics and there are none", hint="give --imatrix or --calibration, or --no-imatrix"
+        )
+    plan.bpw, plan.file_bytes = bits_per_weight(checkpoint, plan), planned_bytes(checkpoint, plan, stats)
+    path = work_directory(checkpoint.path, options.work) / ANALYSIS
+    plan.predicted_kld = None
+    if path.exists():
+        sensitivity = Sensitivity.read(path)
+        if sensitivity.identity == checkpoint.identity:
+            plan.predicted_kld = total_prediction(sensitivity, plan, checkpoint)
+    return plan, stats
 
 
 def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats | None:
@@ -189,8 +230,9 @@ def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats 
 
 def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
     """File name by llama.cpp's convention: model, our plan, then a label that the Hub recognizes."""
-    stem = re.sub(r"[-_.](f32|f16|bf16)$", "", checkpoint.path.resolve().name.removesuffix(".gguf"), flags=re.IGNORECASE)
-    middle = f"-{plan.name}" if plan.name.startswith("dynamic") else ""
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", checkpoint.path.resolve().name.removesuffix(".gguf"))
+    stem = re.sub(r"[-_.](f32|f16|bf16)$", "", stem, flags=re.IGNORECASE)
+    middle = "" if plan.name.startswith("standard") else f"-{plan.name}"
     return f"{stem}{middle}-{plan.label}.gguf"
 
 
@@ -207,13 +249,17 @@ def compare(
     from quantkit.evaluation.report import write_html
     from quantkit.evaluation.texts import default_texts
 
+    if html is not None:
+        require_folder(Path(html))
     texts = [Path(t) for t in text] or default_texts()
     report = run_compare(
         Path(reference), [Path(c) for c in candidates], texts, runtime=runtime, window=window, limit=limit, progress=progress
     )
-    path = work_directory(Path(reference), work) / ANALYSIS
-    sensitivity = Sensitivity.read(path) if path.exists() else None
     if html is not None:
+        path = work_directory(Path(reference), work) / ANALYSIS
+        sensitivity = Sensitivity.read(path) if path.exists() else None
+        if sensitivity is not None and sensitivity.identity != open_checkpoint(reference).identity:
+            sensitivity = None
         write_html(report, Path(html), sensitivity)
     return report
 

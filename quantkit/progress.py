@@ -3,56 +3,79 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
+
+PATIENCE = 2.0  # seconds before a bar appears
+
+_running: list[Progress] = []
 
 
 class Task:
-    """One running piece of work."""
+    """One running piece of work; its bar appears when it has taken longer than PATIENCE."""
 
-    def __init__(self, bar: Any = None, task_id: Any = None) -> None:
-        self._bar, self._id = bar, task_id
+    def __init__(self, owner: Progress, name: str, total: float, unit: str) -> None:
+        self._owner, self._name, self._total, self._unit = owner, name, total, unit
+        self._started = time.perf_counter()
+        self._finished = 0.0
+        self._id: Any = None
 
     def advance(self, amount: float = 1) -> None:
         """Report that ``amount`` more units are done."""
-        if self._bar is not None:
-            self._bar.advance(self._id, amount)
+        bar = self._owner.bar
+        self._finished += amount
+        elapsed = time.perf_counter() - self._started
+        if bar is None or elapsed < PATIENCE:
+            return
+        if self._id is None:
+            bar.start()
+            self._id = bar.add_task(self._name, total=self._total, rate="")
+        bar.update(self._id, completed=self._finished, rate=f"{_short(self._finished / elapsed)} {self._unit}/s")
 
     def done(self) -> None:
         """Mark the work as complete and take its line away."""
-        if self._bar is not None:
-            self._bar.remove_task(self._id)
+        if self._id is not None:
+            self._owner.bar.remove_task(self._id)
+            self._id = None
+
+
+def _short(value: float) -> str:
+    for limit, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{sign}"
+    return f"{value:.1f}"
 
 
 class Progress:
     """Hands out tasks. ``Progress()`` is silent; ``Progress.terminal()`` draws bars on stderr."""
 
     def __init__(self, bar: Any = None) -> None:
-        self._bar = bar
+        self.bar = bar
+        if bar is not None:
+            _running.append(self)
 
     @classmethod
     def terminal(cls) -> Progress:
-        """Bars if stderr is a terminal, silence otherwise. They appear for work of over two seconds."""
+        """Bars if stderr is a terminal, silence otherwise."""
         if not sys.stderr.isatty():
             return cls()
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        bar = Bar(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+        return cls(
+            Bar(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
+                TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True), transient=True,
+            )
         )  # fmt: skip
-        del MofNCompleteColumn
-        return cls(bar)
 
     def task(self, name: str, total: float, unit: str = "") -> Task:
         """Begin a task of ``total`` units."""
-        if self._bar is None:
-            return Task()
-        self._bar.start()
-        return Task(self._bar, self._bar.add_task(name, total=total, rate=""))
+        return Task(self, name, total, unit)
 
-    def stop(self) -> None:
-        """Take the bars away."""
-        if self._bar is not None:
-            self._bar.stop()
+
+def stop_all() -> None:
+    """Take all bars away and give the terminal back."""
+    while _running:
+        _running.pop().bar.stop()

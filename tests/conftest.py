@@ -35,7 +35,14 @@ def analyzed(tiny_folder, tmp_path_factory):
     from quantkit.checkpoint import open_checkpoint
 
     folder = tmp_path_factory.mktemp("analyzed") / "model"
-    tiny.build("qwen2_moe", folder, hidden_size=256, intermediate_size=256, moe_intermediate_size=256, shared_expert_intermediate_size=256)
+    tiny.build(
+        "qwen2_moe",
+        folder,
+        hidden_size=256,
+        intermediate_size=256,
+        moe_intermediate_size=256,
+        shared_expert_intermediate_size=256,
+    )
     work = folder.parent / "work"
     text = folder.parent / "text.txt"
     text.write_text((tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()[:60000])

@@ -97,7 +97,9 @@ def test_llama_imatrix_agrees_with_ours(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()[:25000])
     run(checkpoint, uniform_plan(checkpoint, "F32", None), tmp_path / "f32.gguf")
-    subprocess.run([tool, "-m", tmp_path / "f32.gguf", "-f", text, "-o", tmp_path / "i.gguf", "-c", "512"], check=True, capture_output=True)
+    subprocess.run(
+        [tool, "-m", tmp_path / "f32.gguf", "-f", text, "-o", tmp_path / "i.gguf", "-c", "512"], check=True, capture_output=True
+    )
     theirs = read_imatrix(tmp_path / "i.gguf")
     check_stats(theirs, checkpoint)
     ids = load_calibration(checkpoint, [text], 1 << 20)
@@ -108,9 +110,10 @@ def test_llama_imatrix_agrees_with_ours(tmp_path):
         if name not in ours.tensors:
             continue  # the router: llama-imatrix has it, it is never quantized
         for expert in range(len(entry.counts)):
-            if entry.counts[expert] > 1500:
+            if entry.counts[expert] > 1000:
                 a, b = entry.importance(expert), ours.importance(name, expert)
-                assert np.corrcoef(np.log(a + 1e-9), np.log(b + 1e-9))[0, 1] > 0.97, name
+                # a rare outlier may fall into one's windows and not the other's: look at the typical channel
+                assert np.median(np.abs(np.log(a / b))) < 0.15, name
                 compared += 1
     assert compared > 40
 
@@ -166,7 +169,10 @@ def test_no_judged_text_is_part_of_calibration_text():
     """Neither the mix nor the examples share a passage with what comparisons are judged on."""
     from quantkit.evaluation.texts import default_texts
 
-    ours = "".join((DATA / name).read_text() for name in DEFAULT_MIX) + (tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()
+    ours = (
+        "".join((DATA / name).read_text() for name in DEFAULT_MIX)
+        + (tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()
+    )
     judged = [path.read_text() for path in default_texts()]
     held = oracle.SHARED / "data" / "tinystories" / "heldout.txt"
     judged += [held.read_text()] if held.exists() else []

@@ -12,8 +12,8 @@ import tiny
 import torch
 import transformers
 
-from quantkit.checkpoint import open_checkpoint
 from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.evaluation.runners import LlamaRunner
 from quantkit.modeling.skeleton import materialized_model
@@ -63,7 +63,11 @@ def test_logits_agree_in_every_runtime(name, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"rms_norm_eps": 1e-2}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5500.0}}, {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}],
+    [
+        {"rms_norm_eps": 1e-2},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5500.0}},
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+    ],
     ids=["eps", "rope base", "heads"],
 )
 def test_a_wrong_hyperparameter_fails_the_comparison(change, tiny_folder, tmp_path):
@@ -88,7 +92,13 @@ def test_shipped_models_agree_in_llama_cpp(model, tmp_path):
     runner.close()
 
 
-TEXTS = ["Once upon a time, there was a dog.", "Hé\t\n\n  12345 don't I'LL 世界 🙂 x", "<|endoftext|> special", "   spaces   \r\n", "a"]
+TEXTS = [
+    "Once upon a time, there was a dog.",
+    "Hé\t\n\n  12345 don't I'LL 世界 🙂 x",
+    "<|endoftext|> special",
+    "   spaces   \r\n",
+    "a",
+]
 
 
 def models_with_tokenizers():

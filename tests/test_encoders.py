@@ -85,7 +85,10 @@ def test_q8_0_and_floats_are_idempotent(real_weights):
 
 
 def test_error_falls_with_bits(real_weights):
-    errors = [float(((f.decode(ENCODER.encode(real_weights, None, f)) - real_weights) ** 2).mean()) for f in map(get_format, ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"))]
+    errors = [
+        float(((f.decode(ENCODER.encode(real_weights, None, f)) - real_weights) ** 2).mean())
+        for f in map(get_format, ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"))
+    ]
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.01 * float((real_weights**2).mean())
 

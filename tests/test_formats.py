@@ -13,7 +13,7 @@ from quantkit.formats import Format, format_by_gguf_id, formats, get_format
 
 QUANTIZED = [f for f in formats() if f.is_quantized()]
 SIZES = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84),
-         "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # fmt: skip
+         "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # fmt: skip  # noqa: E501
 
 
 def random_rows(fmt: type[Format], rows: int, blocks: int, seed: int) -> np.ndarray:
@@ -23,8 +23,10 @@ def random_rows(fmt: type[Format], rows: int, blocks: int, seed: int) -> np.ndar
     records = data.view(fmt.layout).reshape(-1)
     for name in fmt.layout.names:
         if fmt.layout[name] == np.float16:
-            halves = rng.integers(0, 0x7C00, len(records), dtype=np.uint16) | (rng.integers(0, 2, len(records), dtype=np.uint16) << 15)
-            halves[:: 7] = 0
+            halves = rng.integers(0, 0x7C00, len(records), dtype=np.uint16) | (
+                rng.integers(0, 2, len(records), dtype=np.uint16) << 15
+            )
+            halves[::7] = 0
             halves[3::11] = 1  # the smallest subnormal
             records[name] = halves.view(np.float16)
     return records.view(np.uint8).reshape(rows, -1)

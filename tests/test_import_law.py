@@ -14,7 +14,21 @@ import pytest
 import quantkit
 
 PACKAGE = Path(quantkit.__file__).parent
-ORDER = ["errors", "progress", "metrics", "formats", "encoders", "checkpoint", "modeling", "analysis", "planning", "quantizer", "evaluation", "api", "cli"]
+ORDER = [
+    "errors",
+    "progress",
+    "metrics",
+    "formats",
+    "encoders",
+    "checkpoint",
+    "modeling",
+    "analysis",
+    "planning",
+    "quantizer",
+    "evaluation",
+    "api",
+    "cli",
+]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

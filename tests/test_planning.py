@@ -105,7 +105,9 @@ def test_policies_are_kept(known):
     assert any("super weight" in line for line in plan.constraints)
 
 
-@pytest.mark.parametrize(("text", "words"), [("attn_v", "regex=FORMAT"), ("(=Q8_0", "regular expression"), ("x=Q99", "unknown format")])
+@pytest.mark.parametrize(
+    ("text", "words"), [("attn_v", "regex=FORMAT"), ("(=Q8_0", "regular expression"), ("x=Q99", "unknown format")]
+)
 def test_bad_keeps(text, words):
     with pytest.raises(Exception, match=words):
         Keep.parse(text)
@@ -117,7 +119,10 @@ def test_a_keep_that_matches_nothing(known):
         dynamic_plan(checkpoint, sensitivity, stats, sizes(known)[2], Policy(keeps=[Keep.parse("nothing=Q8_0")]))
 
 
-@pytest.mark.parametrize(("text", "size"), [("4.2GiB", int(4.2 * 2**30)), ("700MB", 700_000_000), ("3781472", 3781472), ("1 KiB", 1024), ("2g", 2 << 30)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4.2GiB", int(4.2 * 2**30)), ("700MB", 700_000_000), ("3781472", 3781472), ("1 KiB", 1024), ("2g", 2 << 30)],
+)
 def test_sizes(text, size):
     assert parse_size(text) == size
 

@@ -83,7 +83,13 @@ def test_types_and_bytes_equal_llama_quantize(name, mix, sources, tmp_path):
                 continue
             weights = checkpoint.read(info.name).reshape(info.experts, -1, info.columns)
             expected = [
-                oracle.encode(lib, entry.gguf_id, entry.format.row_bytes(info.columns), weights[e], given.importance(info.name, e) if given else None)
+                oracle.encode(
+                    lib,
+                    entry.gguf_id,
+                    entry.format.row_bytes(info.columns),
+                    weights[e],
+                    given.importance(info.name, e) if given else None,
+                )
                 for e in range(info.experts)
             ]
             assert np.array_equal(ours.read_packed(info.name, 0, info.rows), np.concatenate(expected)), info.name
@@ -99,7 +105,9 @@ def test_stock_llama_quantize_reads_our_imatrix(sources, tmp_path):
     checkpoint, source, stats = sources["moe"]
     write_imatrix(tmp_path / "imatrix.gguf", stats)
     assert sorted(read_imatrix(tmp_path / "imatrix.gguf").tensors) == sorted(stats.tensors)
-    done = subprocess.run([tool, "--imatrix", tmp_path / "imatrix.gguf", source, tmp_path / "theirs.gguf", "Q3_K_M"], capture_output=True, text=True)
+    done = subprocess.run(
+        [tool, "--imatrix", tmp_path / "imatrix.gguf", source, tmp_path / "theirs.gguf", "Q3_K_M"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert f"have importance matrix data with {len(stats.tensors)} entries" in done.stdout + done.stderr
     run(checkpoint, standard_plan(checkpoint, "Q3_K_M", stats), tmp_path / "ours.gguf", stats=stats)

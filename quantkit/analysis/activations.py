@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 def relative_error(x: torch.Tensor, rounded: torch.Tensor, weight: torch.Tensor) -> float:
     """‖W(x̂ − x)‖² / ‖Wx‖². x, rounded: (tokens, columns); weight: (rows, columns)."""
     exact = x @ weight.T
-    return float((((rounded - x) @ weight.T).square().sum() / exact.square().sum().clamp_min(1e-30)))
+    return float(((rounded - x) @ weight.T).square().sum() / exact.square().sum().clamp_min(1e-30))
 
 
 def int8_error(x: torch.Tensor, weight: torch.Tensor) -> float:

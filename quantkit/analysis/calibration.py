@@ -71,7 +71,9 @@ class _Moments:
         squares = self._last[1]
         if not np.isfinite(squares).all():
             channel = int(np.argmin(np.isfinite(squares)))
-            raise CalibrationError(f"the input of {name} is not finite in channel {channel}", hint="a weight before it is damaged")
+            raise CalibrationError(
+                f"the input of {name} is not finite in channel {channel}", hint="a weight before it is damaged"
+            )
         entry.sum_squares[expert] += squares
         entry.counts[expert] += len(x)
         self._peaks(self._out.facts.setdefault(name, LinearFacts()), x, y, weight)

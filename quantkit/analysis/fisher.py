@@ -56,9 +56,7 @@ class _Gradients:
         y.register_hook(add)
 
 
-def measure_fisher(
-    checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0
-) -> Fisher:
+def measure_fisher(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0) -> Fisher:
     """Diagonal Fisher information at every linear map, from token windows int64 (n, window)."""
     import torch
 
@@ -115,9 +113,7 @@ def _head_gradients(
     return gradients
 
 
-def _embedding(
-    checkpoint: Checkpoint, batches: list[npt.NDArray[np.int64]], gradients: list[torch.Tensor], out: Fisher
-) -> None:
+def _embedding(checkpoint: Checkpoint, batches: list[npt.NDArray[np.int64]], gradients: list[torch.Tensor], out: Fisher) -> None:
     info = checkpoint.info("token_embd.weight")
     total = np.zeros(info.shape)
     for batch, gradient in zip(batches, gradients, strict=True):

@@ -57,7 +57,8 @@ def read_imatrix(path: Path) -> ActivationStats:
         raise CalibrationError(f"cannot read {path}: {error.strerror}", hint="check the path given with --imatrix") from None
     if magic != gv.MAGIC:
         raise CalibrationError(
-            f"{path.name} is not a GGUF imatrix (the old .dat format has no token counts)", hint="make it again with a current llama-imatrix"
+            f"{path.name} is not a GGUF imatrix (the old .dat format has no token counts)",
+            hint="make it again with a current llama-imatrix",
         )
     file = GgufFile(path)
     values = gv.plain(file.metadata)
@@ -76,7 +77,9 @@ def read_imatrix(path: Path) -> ActivationStats:
         sums, counts = (_read(file, name + suffix) for suffix in (SUMS, COUNTS))
         counts = counts.reshape(-1)
         if not np.isfinite(sums).all() or (sums < 0).any():
-            raise CalibrationError(f"{path.name}: {name} holds a value that is negative or not finite", hint="make the imatrix again")
+            raise CalibrationError(
+                f"{path.name}: {name} holds a value that is negative or not finite", hint="make the imatrix again"
+            )
         stats.tensors[name] = TensorStats(sums.reshape(len(counts), -1), counts)
     return stats
 

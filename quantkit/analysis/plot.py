@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity
+from quantkit.checkpoint.files import atomic_file
 from quantkit.formats import get_format
 
 
@@ -18,8 +19,8 @@ def reference_format(tensor: TensorSensitivity) -> str:
 
 def draw_analysis(sensitivity: Sensitivity, path: Path) -> None:
     """Write the picture: predicted KLD per weight (layer × role), and errors along the layers."""
-    figure = analysis_figure(sensitivity)
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as handle:
+        analysis_figure(sensitivity).savefig(handle, dpi=110, format="png")
 
 
 def analysis_figure(sensitivity: Sensitivity) -> Any:
@@ -31,7 +32,9 @@ def analysis_figure(sensitivity: Sensitivity) -> Any:
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     figure.suptitle(f"{sensitivity.model}: what 4.5 bits per weight would cost (estimator: {sensitivity.estimator})")
-    heat, weights, activations = figure.subplot_mosaic([["heat", "weights"], ["heat", "activations"]], width_ratios=[1.25, 1]).values()
+    heat, weights, activations = figure.subplot_mosaic(
+        [["heat", "weights"], ["heat", "activations"]], width_ratios=[1.25, 1]
+    ).values()
     _heat_map(figure, heat, sensitivity)
     _curves(weights, sensitivity, "weight_error", "weight error ‖ΔW‖²/‖W‖²")
     _curves(activations, sensitivity, "activation_error", "output error E‖ΔWx‖²/E‖Wx‖²")

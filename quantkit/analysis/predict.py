@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def fill_predictions(tensor: TensorSensitivity) -> None:
         else:
             cost.predicted_kld = cost.fisher_kld
     ordered = sorted(tensor.formats.items(), key=lambda item: get_format(item[0]).bpw())
-    for (_, coarse), (_, fine) in zip(ordered, ordered[1:], strict=False):
+    for (_, coarse), (_, fine) in pairwise(ordered):
         fine.predicted_kld = min(fine.predicted_kld, coarse.predicted_kld)
 
 

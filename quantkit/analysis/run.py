@@ -33,7 +33,11 @@ ANALYSIS, IMATRIX, PICTURE = "analysis.json", "imatrix.gguf", "analysis.png"
 
 def work_directory(checkpoint_path: Path, work: Path | None) -> Path:
     """``work``, or ``./NAME.quantkit``: never inside the model's own folder."""
-    return work if work is not None else Path(f"{checkpoint_path.resolve().name.removesuffix('.gguf')}.quantkit")
+    if work is not None:
+        return work
+    model = checkpoint_path.resolve()
+    model = model.parent if model.suffix == ".safetensors" else model
+    return Path(f"{model.name.removesuffix('.gguf')}.quantkit")
 
 
 def analyze(
@@ -65,6 +69,7 @@ def analyze(
         measured = calibrate(checkpoint, text, progress)
         stats, facts = measured.stats, measured.facts
     work.mkdir(parents=True, exist_ok=True)
+    (work / ANALYSIS).unlink(missing_ok=True)  # an old analysis must not outlive its statistics
     write_imatrix(work / IMATRIX, stats)
     fisher = measure_fisher(checkpoint, _spread(text.train, FISHER_TOKENS), progress)
     tensors = measure_errors(checkpoint, stats, fisher, progress)
@@ -81,6 +86,7 @@ def analyze(
         calibration={
             "texts": list(text.names), "statistics_tokens": int(text.train.size), "held_apart_tokens": int(text.dev.size),
             "window": text.window, "imatrix": imatrix.name if imatrix else None, "key": key,
+            "stamp": checkpoint.stamp,
         },
         tensors=tensors,
         super_weights=find_super_weights(checkpoint, facts),
@@ -101,7 +107,7 @@ def analysis_key(
     checkpoint: Checkpoint, calibration: list[Path] | None, imatrix: Path | None, tokens: int, probes: bool | None
 ) -> str:
     """A hash of everything an analysis depends on: it is reused only if this is the same."""
-    digest = hashlib.sha256(f"{checkpoint.identity} {tokens} {probes}".encode())
+    digest = hashlib.sha256(f"{checkpoint.identity} {checkpoint.stamp} {tokens} {probes}".encode())
     for path in [*(calibration or [DATA / name for name in DEFAULT_MIX]), *([imatrix] if imatrix else [])]:
         try:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -161,7 +167,5 @@ def decoded(checkpoint: Checkpoint, stats: ActivationStats, name: str, fmt: str)
     """A tensor as it comes back from a format, in its own shape, float32."""
     info = checkpoint.info(name)
     weights = checkpoint.read(name).reshape(info.experts, -1, info.columns)
-    parts = [
-        decode_after_encode(weights[e], stats.importance(name, e), get_format(fmt), name) for e in range(info.experts)
-    ]
+    parts = [decode_after_encode(weights[e], stats.importance(name, e), get_format(fmt), name) for e in range(info.experts)]
     return np.stack(parts).reshape(info.shape)

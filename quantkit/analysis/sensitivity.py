@@ -167,9 +167,7 @@ def _measure_tensor(checkpoint: Checkpoint, info: TensorInfo, stats: ActivationS
         kurtosis=float(moments[2] * moments[0] / max(moments[1] ** 2, 1e-30)),
         outlier_channels=int((rms > 6 * np.median(rms)).sum()),
         uncovered_experts=entry.uncovered if entry else [],
-        formats={
-            f: FormatCost(s[0] / max(norms[0], 1e-30), s[1] / max(norms[1], 1e-30), float(s[2])) for f, s in sums.items()
-        },
+        formats={f: FormatCost(s[0] / max(norms[0], 1e-30), s[1] / max(norms[1], 1e-30), float(s[2])) for f, s in sums.items()},
     )
 
 

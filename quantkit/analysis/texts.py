@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,9 @@ def _jsonl(path: Path, text: str, encoder: TextEncoder) -> list[str]:
             row = json.loads(line)
             out.append(encoder.render_chat(row["messages"]) if "messages" in row else str(row["text"]))
         except (ValueError, KeyError, TypeError):
-            raise CalibrationError(f"{path}:{number} has neither messages nor text", hint='one JSON object a line: {"messages": […]} or {"text": …}') from None
+            raise CalibrationError(
+                f"{path}:{number} has neither messages nor text", hint='one JSON object a line: {"messages": […]} or {"text": …}'
+            ) from None
     return out
 
 
@@ -76,7 +79,7 @@ def token_windows(texts: list[str], encoder: TextEncoder, window: int, limit: in
     for text in texts:
         ids = encoder.encode(text)
         count = len(ids) // body
-        picks = np.unique(np.linspace(0, count - 1, min(share, count)).astype(int)) if count else []
+        picks: Any = np.unique(np.linspace(0, count - 1, min(share, count)).astype(int)) if count else []
         rows += [lead + ids[i * body : (i + 1) * body] for i in picks]
         if not count and len(texts) == 1 and len(ids) >= 32:  # one short text: a single shorter window
             return np.array([lead + ids], dtype=np.int64)

@@ -20,7 +20,7 @@ class PositionedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._handle = open(path, "rb")
+            self._handle = open(path, "rb")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from None
         self.size = os.fstat(self._handle.fileno()).st_size
@@ -65,6 +65,15 @@ def refuse_existing(path: Path, force: bool) -> None:
         raise OutputError(f"{path} exists", hint="give another name with -o, or --force to replace it")
 
 
+def require_folder(path: Path) -> None:
+    """Raise OutputError unless the folder of ``path`` exists and can be written."""
+    folder = path.parent
+    if not folder.is_dir():
+        raise OutputError(f"folder {folder} does not exist", hint="create it or choose another output")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"folder {folder} cannot be written", hint="choose another output")
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path, expected_bytes: int | None = None) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path``; rename it to ``path`` only if the block succeeds.
@@ -72,9 +81,8 @@ def atomic_file(path: Path, expected_bytes: int | None = None) -> Iterator[Binar
     With ``expected_bytes`` the disk's free space is checked first. Raises OutputError if the folder is
     missing, cannot be written or the disk is full; then nothing is left under any name.
     """
+    require_folder(path)
     folder = path.parent
-    if not folder.is_dir():
-        raise OutputError(f"folder {folder} does not exist", hint="create it or choose another output")
     if expected_bytes is not None:
         stat = os.statvfs(folder)
         free = stat.f_bavail * stat.f_frsize

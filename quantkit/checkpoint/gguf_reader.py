@@ -21,7 +21,12 @@ from quantkit.formats import Format, format_by_gguf_id
 
 MAX_HEADER = 1 << 30
 MAX_STRING = 1 << 26
-GGML_NAMES = {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip
+GGML_NAMES = {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip  # noqa: E501
+
+
+def type_name(gguf_id: int) -> str:
+    """ggml's name of a type number that quantkit has no format for."""
+    return GGML_NAMES.get(gguf_id, f"type {gguf_id}")
 
 
 @dataclass(frozen=True)
@@ -164,11 +169,14 @@ class GgufFile:
         """Packed bytes of rows start…stop, uint8 (rows, bytes per row); leading axes count as rows."""
         entry = self.entries[name]
         if entry.format is None:
-            kind = GGML_NAMES.get(entry.gguf_id, str(entry.gguf_id))
-            raise CheckpointError(f"{self.path.name}: {name} has type {kind}, which quantkit cannot read yet", hint="start from a BF16, F16 or F32 file")
+            kind = type_name(entry.gguf_id)
+            raise CheckpointError(
+                f"{self.path.name}: {name} has type {kind}, which quantkit cannot read yet",
+                hint="start from a BF16, F16 or F32 file",
+            )
         row = entry.format.row_bytes(entry.shape[-1])
         out = np.empty((stop - start, row), np.uint8)
-        self.file.read_into(entry.start + start * row, memoryview(out.reshape(-1)))
+        self.file.read_into(entry.start + start * row, out.reshape(-1).data)
         return out
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:

@@ -16,7 +16,19 @@ DEFAULT_ALIGNMENT = 32
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 SCALARS = {U8: "<B", I8: "<b", U16: "<H", I16: "<h", U32: "<I", I32: "<i", F32: "<f", BOOL: "<?", U64: "<Q", I64: "<q", F64: "<d"}
-NUMPY = {U8: "u1", I8: "i1", U16: "<u2", I16: "<i2", U32: "<u4", I32: "<i4", F32: "<f4", BOOL: "?", U64: "<u8", I64: "<i8", F64: "<f8"}
+NUMPY = {
+    U8: "u1",
+    I8: "i1",
+    U16: "<u2",
+    I16: "<i2",
+    U32: "<u4",
+    I32: "<i4",
+    F32: "<f4",
+    BOOL: "?",
+    U64: "<u8",
+    I64: "<i8",
+    F64: "<f8",
+}
 
 
 @dataclass(frozen=True)

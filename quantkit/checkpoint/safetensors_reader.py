@@ -107,7 +107,7 @@ class SafetensorsFile:
         columns = entry.shape[-1] if entry.shape else 1
         raw = np.empty((stop - start, columns), np.dtype(stored))
         offset = entry.start + start * columns * raw.itemsize
-        self.file.read_into(offset, memoryview(raw.reshape(-1).view(np.uint8)))
+        self.file.read_into(offset, raw.reshape(-1).view(np.uint8).data)
         if kind == "BF16":
             return (raw.astype(np.uint32) << 16).view(np.float32)
         return raw.astype(np.float32, copy=False)

@@ -20,12 +20,14 @@ import numpy.typing as npt
 
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.families import Family, family_of_gguf, family_of_hf, head_dim
-from quantkit.checkpoint.gguf_reader import GgufFile
+from quantkit.checkpoint.gguf_reader import GgufFile, type_name
 from quantkit.checkpoint.roles import Role, is_quantizable, layer_of, role_of
 from quantkit.checkpoint.safetensors_reader import SafetensorsFile
 from quantkit.checkpoint.tokenizer import tokenizer_metadata
 from quantkit.errors import CheckpointError
+from quantkit.formats import formats
 
+SAMPLED_ROWS = 8
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -130,12 +132,24 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> str:
-        """A hash that tells models apart: architecture, shapes and a sample of every tensor."""
+        """A hash that tells models apart: architecture, shapes and a sample of every tensor's rows."""
         digest = hashlib.sha256(self.family.arch.encode())
         for info in sorted(self.tensors.values(), key=lambda t: t.name):
             digest.update(f"{info.name}{info.shape}".encode())
-            digest.update(self.read_rows(info.name, info.rows // 2, info.rows // 2 + 1).tobytes())
+            for row in np.unique(np.linspace(0, info.rows - 1, SAMPLED_ROWS).astype(int)):
+                digest.update(self.read_rows(info.name, int(row), int(row) + 1).tobytes())
         return digest.hexdigest()[:16]
+
+    @property
+    def stamp(self) -> str:
+        """Sizes and times of the files: changes whenever a weight is edited. Guards everything cached."""
+        stats = [path.stat() for path in self.weight_files]
+        return hashlib.sha256(repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()).hexdigest()[:16]
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights."""
+        raise NotImplementedError
 
     def _check_shapes(self) -> None:
         config, wrong = self.config, []
@@ -163,7 +177,21 @@ class Checkpoint:
             f"blk.{i}.{suffix}" for i in range(self.n_layers) for suffix in sorted(suffixes | required)
         ]:
             if name not in self.tensors:
-                raise CheckpointError(f"{self.path.name} has no tensor {name} ({self.family.to_hf(name, 0)})", hint="the checkpoint is incomplete; download it again")
+                raise CheckpointError(
+                    f"{self.path.name} has no tensor {name} ({self.family.to_hf(name, 0)})",
+                    hint="the checkpoint is incomplete; download it again",
+                )
+
+
+def require_readable(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError if a tensor has a type that quantkit cannot decode."""
+    known = {fmt.name for fmt in formats()} | {"F64"}
+    for info in checkpoint.tensors.values():
+        if info.dtype not in known:
+            raise CheckpointError(
+                f"{checkpoint.path.name}: {info.name} has type {info.dtype}, which quantkit cannot read yet",
+                hint="`quantkit formats` lists what it reads",
+            )
 
 
 def open_checkpoint(path: str | Path, *, pre_tokenizer: str | None = None) -> Checkpoint:
@@ -173,12 +201,16 @@ def open_checkpoint(path: str | Path, *, pre_tokenizer: str | None = None) -> Ch
     Raises CheckpointError if the path is missing, damaged, of an unknown architecture or pickled.
     """
     path = Path(path)
+    if path == Path():
+        path = path.resolve()
     if path.is_dir():
         return HfCheckpoint(path, pre_tokenizer)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist", hint="give a Hugging Face folder or a GGUF file")
     if path.suffix in PICKLES:
-        raise CheckpointError(f"{path.name} is a pickle, which can run code when loaded", hint="quantkit reads safetensors and GGUF only")
+        raise CheckpointError(
+            f"{path.name} is a pickle, which can run code when loaded", hint="quantkit reads safetensors and GGUF only"
+        )
     if path.suffix == ".safetensors":
         return HfCheckpoint(path.parent, pre_tokenizer)
     return GgufCheckpoint(path)
@@ -208,6 +240,10 @@ class HfCheckpoint(Checkpoint):
         self._map()
         self._check_shapes()
 
+    @property
+    def weight_files(self) -> list[Path]:
+        return sorted({part.file.path for parts in self._parts.values() for part in parts})
+
     def _read_config(self) -> dict[str, Any]:
         file = self.path / "config.json"
         if not file.exists():
@@ -234,7 +270,9 @@ class HfCheckpoint(Checkpoint):
                 raise CheckpointError(f"{index} has no weight_map", hint="download the file again") from None
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                    raise CheckpointError(f"{index.name} names the file {name!r} outside the folder", hint="do not trust this model")
+                    raise CheckpointError(
+                        f"{index.name} names the file {name!r} outside the folder", hint="do not trust this model"
+                    )
                 if not (self.path / name).exists():
                     raise CheckpointError(f"shard {name} is missing", hint="download the missing shard")
             return [SafetensorsFile(self.path / name) for name in names]
@@ -268,7 +306,9 @@ class HfCheckpoint(Checkpoint):
                 stem = name.split(".")[-2]
                 permute = heads.get(stem) if self.family.permutes_qk else None
                 if (expert or 0) in found.setdefault(name, {}):
-                    raise CheckpointError(f"{shard.path.name}: tensor {hf_name} occurs in two shards", hint="download the model again")
+                    raise CheckpointError(
+                        f"{shard.path.name}: tensor {hf_name} occurs in two shards", hint="download the model again"
+                    )
                 found[name][expert or 0] = _Part(shard, hf_name, permute)
         if unknown:
             raise CheckpointError(
@@ -280,7 +320,9 @@ class HfCheckpoint(Checkpoint):
             if self.family.head_required:  # llama.cpp's loader has no tied head here: write a copy
                 found["output.weight"] = found["token_embd.weight"]
         elif "output.weight" not in found:
-            raise CheckpointError(f"{self.path.name} has no lm_head.weight and config.json does not tie it", hint="the checkpoint is incomplete")
+            raise CheckpointError(
+                f"{self.path.name} has no lm_head.weight and config.json does not tie it", hint="the checkpoint is incomplete"
+            )
         for name in sorted(found, key=_file_order):
             self._add(name, [found[name][e] for e in sorted(found[name])])
         if self.family.rope_freqs:
@@ -294,12 +336,17 @@ class HfCheckpoint(Checkpoint):
         for part in parts:
             entry = part.file.entries[part.name]
             if entry.shape != first.shape:
-                raise CheckpointError(f"{part.name} is {list(entry.shape)}, its neighbours are {list(first.shape)}", hint="the checkpoint is damaged")
+                raise CheckpointError(
+                    f"{part.name} is {list(entry.shape)}, its neighbours are {list(first.shape)}",
+                    hint="the checkpoint is damaged",
+                )
         shape = first.shape
         if name.endswith("_exps.weight"):
             wanted = self.config["num_experts"]
             if len(parts) != wanted:
-                raise CheckpointError(f"{name}: {len(parts)} experts found, config.json says {wanted}", hint="the checkpoint is incomplete")
+                raise CheckpointError(
+                    f"{name}: {len(parts)} experts found, config.json says {wanted}", hint="the checkpoint is incomplete"
+                )
             shape = (len(parts), *shape)
         if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 2:
             shape = (shape[-1],)
@@ -382,14 +429,18 @@ class GgufCheckpoint(Checkpoint):
         self._metadata = self.files[0].metadata
         values = gv.plain(self._metadata)
         if "general.architecture" not in values:
-            raise CheckpointError(f"{path.name} has no general.architecture", hint="the file is not a model (an imatrix or adapter?)")
+            raise CheckpointError(
+                f"{path.name} has no general.architecture", hint="the file is not a model (an imatrix or adapter?)"
+            )
         if values.get("general.type", "model") != "model":
-            raise CheckpointError(f"{path.name} is of type {values['general.type']!r}, not a model", hint="give the model's own GGUF")
+            raise CheckpointError(
+                f"{path.name} is of type {values['general.type']!r}, not a model", hint="give the model's own GGUF"
+            )
         self.family = family_of_gguf(values["general.architecture"])
         self.config = self.family.config(values)
         self._file_of = {name: file for file in self.files for name in file.entries}
         self.tensors = {
-            name: TensorInfo(name, entry.shape, entry.format.name if entry.format else f"type {entry.gguf_id}")
+            name: TensorInfo(name, entry.shape, entry.format.name if entry.format else type_name(entry.gguf_id))
             for file in self.files
             for name, entry in file.entries.items()
         }
@@ -398,18 +449,26 @@ class GgufCheckpoint(Checkpoint):
         self.config.update(attention_bias=biased, qkv_bias=biased, mlp_bias="blk.0.ffn_down.bias" in self.tensors)
         self._check_shapes()
 
+    @property
+    def weight_files(self) -> list[Path]:
+        return [file.path for file in self.files]
+
     def require_unquantized(self) -> None:
         """Raise CheckpointError if a tensor is quantized already: quantizing twice loses twice."""
         for info in self.tensors.values():
             if info.dtype not in ("F32", "F16", "BF16"):
-                raise CheckpointError(f"{self.path.name} is quantized already ({info.name} is {info.dtype})", hint="start from the BF16, F16 or F32 file")
+                raise CheckpointError(
+                    f"{self.path.name} is quantized already ({info.name} is {info.dtype})",
+                    hint="start from the BF16, F16 or F32 file",
+                )
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         self.info(name)
         return self._file_of[name].read_rows(name, start, stop)
 
     def metadata(self) -> gv.Metadata:
-        return {key: value for key, value in self._metadata.items() if not key.startswith(("split.", "quantkit."))}
+        dropped = ("split.", "quantkit.", "general.alignment")  # our files are aligned to the default
+        return {key: value for key, value in self._metadata.items() if not key.startswith(dropped)}
 
 
 def _split_parts(path: Path) -> list[Path]:

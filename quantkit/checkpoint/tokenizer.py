@@ -19,7 +19,7 @@ from quantkit.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PAD_SCORE = -1000.0
-SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token", "mask": "mask_token"}  # fmt: skip
+SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token", "mask": "mask_token"}  # fmt: skip  # noqa: E501
 
 
 @dataclass
@@ -54,7 +54,9 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], pre_tokenizer: str 
         vocabulary = _sentencepiece(folder / "tokenizer.model", fast, settings, size)
         _sentencepiece_keys(out, vocabulary, settings)
     elif not fast:
-        raise CheckpointError(f"{folder} has neither tokenizer.json nor tokenizer.model", hint="download the tokenizer's files too")
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor tokenizer.model", hint="download the tokenizer's files too"
+        )
     elif fast.get("model", {}).get("type") != "BPE":
         kind = fast.get("model", {}).get("type")
         raise CheckpointError(f"tokenizer.json holds a {kind} model", hint="quantkit writes BPE and SentencePiece vocabularies")
@@ -82,7 +84,9 @@ def _refuse_duplicates(vocabulary: Vocabulary) -> None:
         seen: dict[str, int] = {}
         for i, token in enumerate(vocabulary.tokens):
             if token in seen:
-                raise CheckpointError(f"tokens {seen[token]} and {i} are both {token!r}", hint="llama.cpp cannot load such a vocabulary")
+                raise CheckpointError(
+                    f"tokens {seen[token]} and {i} are both {token!r}", hint="llama.cpp cannot load such a vocabulary"
+                )
             seen[token] = i
 
 
@@ -95,11 +99,10 @@ def _byte_level(fast: dict[str, Any], size: int) -> Vocabulary:
         types[added["id"]] = CONTROL if special else USER_DEFINED
     if max(by_id) >= size:
         raise CheckpointError(
-            f"tokenizer.json has token {max(by_id)} but config.json says vocab_size {size}", hint="the two files belong to different models"
+            f"tokenizer.json has token {max(by_id)} but config.json says vocab_size {size}",
+            hint="the two files belong to different models",
         )
-    return Vocabulary(
-        [by_id.get(i, f"[PAD{i}]") for i in range(size)], [types.get(i, UNUSED) for i in range(size)]
-    )
+    return Vocabulary([by_id.get(i, f"[PAD{i}]") for i in range(size)], [types.get(i, UNUSED) for i in range(size)])
 
 
 def _merges(fast: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from quantkit.cli.output import common, emit_json, guarded, make_options, print_table
+from quantkit.progress import stop_all
 
 
 @click.command("analyze", help="What hurts: the cost of every tensor in every format, super weights, outliers.")
@@ -24,7 +25,7 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
 
     options = make_options(values)
     sensitivity = analyze(model, options)
-    options.progress.stop()
+    stop_all()
     if as_json:
         emit_json(json.loads(sensitivity.to_json()))
         return
@@ -60,7 +61,7 @@ def print_sensitivity(sensitivity: Any) -> None:
             name, tensor.role, f"{cost.weight_error:.1e}", f"{cost.activation_error:.1e}",
             "–" if tensor.int8_activation_error is None else f"{tensor.int8_activation_error:.0e}",
             "–" if tensor.fp8_activation_error is None else f"{tensor.fp8_activation_error:.0e}",
-            f"{tensor.kurtosis:.1f}", str(tensor.outlier_channels), *("–" if c is None else f"{c.predicted_kld:.1e}" for c in costs),
+            f"{tensor.kurtosis:.1f}", str(tensor.outlier_channels), *("–" if c is None else f"{c.predicted_kld:.1e}" for c in costs),  # noqa: E501
         ])  # fmt: skip
     print_table(
         f"{sensitivity.model}: relative errors at about 4.5 bits; predicted KLD in nats per token ({sensitivity.estimator})",

@@ -9,14 +9,21 @@ from typing import Any
 import click
 
 from quantkit.cli.output import emit_json, guarded, print_table
+from quantkit.progress import stop_all
 
 
 @click.command("compare", help="KL divergence, perplexity and agreement of candidates against the original.")
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidates", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--text", multiple=True, type=click.Path(path_type=Path), help="Text to judge on (repeatable; default: a WikiText-2 excerpt).")
-@click.option("--runtime", type=click.Choice(["torch", "llama"]), default="torch", show_default=True, help="What runs the models.")
-@click.option("--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens in a window; the second half is scored.")
+@click.option(
+    "--text", multiple=True, type=click.Path(path_type=Path), help="Text to judge on (repeatable; default: a WikiText-2 excerpt)."
+)
+@click.option(
+    "--runtime", type=click.Choice(["torch", "llama"]), default="torch", show_default=True, help="What runs the models."
+)
+@click.option(
+    "--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens in a window; the second half is scored."
+)
 @click.option("--limit", type=click.IntRange(16), help="Use at most this many tokens of text.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write an offline HTML report.")
 @click.option("--work", type=click.Path(path_type=Path), help="Work directory of the original (for its analysis).")
@@ -31,8 +38,10 @@ def command(
     from quantkit.progress import Progress
 
     progress = Progress.terminal()
-    report = compare(reference, candidates, text, runtime=runtime, window=window, limit=limit, html=output, work=work, progress=progress)
-    progress.stop()
+    report = compare(
+        reference, candidates, text, runtime=runtime, window=window, limit=limit, html=output, work=work, progress=progress
+    )
+    stop_all()
     if as_json:
         emit_json(json.loads(report.to_json()))
         return
@@ -54,6 +63,17 @@ def print_report(report: Any) -> None:
     print_table(
         f"against {report.reference} ({report.reference_bytes:,} bytes) on {', '.join(report.texts)}: {report.tokens:,} tokens "
         f"scored, {report.runtime}; KLD in nats per token",
-        ["candidate", "bytes", "bpw", "mean KLD", "median", "99 %", "99.9 %", "perplexity ratio", "top-1 agreement", "predicted KLD"],
+        [
+            "candidate",
+            "bytes",
+            "bpw",
+            "mean KLD",
+            "median",
+            "99 %",
+            "99.9 %",
+            "perplexity ratio",
+            "top-1 agreement",
+            "predicted KLD",
+        ],
         rows,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from quantkit.cli.output import emit_json, guarded, print_table
@@ -18,12 +20,12 @@ def command(as_json: bool) -> None:
     from quantkit.encoders import ENCODERS
     from quantkit.formats import formats
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for fmt in formats():
         methods = [name for name, encoder in ENCODERS.items() if fmt.name in encoder.serves]
         speed = SPEED.get(fmt.name, "fast (super-blocks)" if fmt.elements == 256 else "fast")
         rows.append({"name": fmt.name, "bpw": fmt.bpw(), "elements": fmt.elements, "bytes": fmt.block_bytes(),
-                     "symmetric": fmt.symmetric, "containers": list(fmt.containers), "methods": methods, "speed": speed})  # fmt: skip
+                     "symmetric": fmt.symmetric, "containers": list(fmt.containers), "methods": methods, "speed": speed})  # fmt: skip  # noqa: E501
     if as_json:
         emit_json({"formats": rows})
         return

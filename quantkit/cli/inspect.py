@@ -12,7 +12,7 @@ from quantkit.cli.output import emit_json, guarded, print_table, size
 
 @click.command("inspect", help="What is in a model: architecture, tensors, roles, shapes, bytes, and which formats fit.")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--tensor", help="Show one tensor in full.")
+@click.option("--tensor", help="Show one tensor, and its bytes in every format that fits.")
 @click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer where it cannot be recognized.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
@@ -31,9 +31,12 @@ def command(model: Path, tensor: str | None, pre_tokenizer: str | None, as_json:
     if as_json:
         emit_json(document)
         return
-    total = sum(r["bytes"] for r in rows)
-    click.echo(f"{model.name}: {checkpoint.family.arch}, {checkpoint.n_layers} layers, {checkpoint.n_weights:,} weights, "
+    total = sum(_bytes(info) for info in checkpoint.tensors.values())
+    click.echo(f"{checkpoint.path.name}: {checkpoint.family.arch}, {checkpoint.n_layers} layers, {checkpoint.n_weights:,} weights, "  # noqa: E501
                f"{'tied head' if checkpoint.tied else 'own head'}, {size(total)} of tensor data")  # fmt: skip
+    if tensor:
+        for fmt, count in rows[0]["bytes_by_format"].items():
+            click.echo(f"  as {fmt}: {size(count)}")
     columns = ["tensor", "role", "type", "shape", "bytes", "formats that fit a row"] + (["why"] if why else [])
     print_table("", columns, [_cells(r, bool(why)) for r in rows], left=4)
 
@@ -44,9 +47,22 @@ def _row(info: Any, why: str | None) -> dict[str, Any]:
     fits = [f.name for f in formats() if f.is_quantized() and f.fits(info.columns)] if info.quantizable else []
     return {
         "name": info.name, "role": info.role.value, "layer": info.layer, "type": info.dtype, "shape": list(info.shape),
-        "bytes": get_format(info.dtype).row_bytes(info.columns) * info.rows if info.dtype != "F64" else 8 * info.size,
-        "fits": fits, "why": why,
+        "bytes": _bytes(info), "fits": fits, "why": why,
+        "bytes_by_format": {name: get_format(name).row_bytes(info.columns) * info.rows for name in fits},
     }  # fmt: skip
+
+
+def _bytes(info: Any) -> int:
+    from quantkit.formats import formats
+
+    known = {fmt.name: fmt for fmt in formats()}
+    return (
+        known[info.dtype].row_bytes(info.columns) * info.rows
+        if info.dtype in known
+        else 8 * info.size
+        if info.dtype == "F64"
+        else 0
+    )
 
 
 def _cells(row: dict[str, Any], with_why: bool) -> list[str]:
@@ -59,7 +75,7 @@ def _reasons(model: Path) -> dict[str, str]:
     """Why each tensor of one of our files is what it is, from the manifest beside it."""
     from quantkit.quantizer.manifest import Manifest, manifest_path
 
-    path = manifest_path(model)
-    if model.is_dir() or not path.exists():
+    if model.is_dir() or not manifest_path(model).exists():
         return {}
+    path = manifest_path(model)
     return {name: entry.get("reason", "") for name, entry in Manifest.read(path).tensors.items()}

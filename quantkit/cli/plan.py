@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from quantkit.cli.output import budget, common, emit_json, guarded, make_options, make_request, print_table, size
+from quantkit.progress import stop_all
 
 
 @click.command("plan", help="Spend a byte budget where it matters; plan.json says why for every tensor.")
@@ -24,7 +25,7 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
 
     options = make_options(values)
     made = plan(model, make_request(values), values["keep"], options)
-    options.progress.stop()
+    stop_all()
     if as_json:
         emit_json(json.loads(made.to_json()))
         return

@@ -9,11 +9,15 @@ from typing import Any
 import click
 
 from quantkit.cli.output import budget, common, emit_json, guarded, make_options, make_request, size
+from quantkit.progress import stop_all
 
 
-@click.command("quantize", help="""Write a quantized GGUF; runs what is missing, reuses what is there.
+@click.command(
+    "quantize",
+    help="""Write a quantized GGUF; runs what is missing, reuses what is there.
 
-PLAN may be given as a second argument too, as with llama-quantize: quantkit quantize MODEL Q4_K_M.""")
+MIX is the short form that users of llama-quantize type: quantkit quantize MODEL Q4_K_M.""",
+)
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("mix", required=False)
 @click.option("--plan", help="dynamic (default), standard:Q4_K_M, uniform:Q6_K or a plan.json.")
@@ -25,7 +29,14 @@ PLAN may be given as a second argument too, as with llama-quantize: quantkit qua
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
 def command(
-    model: Path, mix: str | None, plan: str | None, output: Path | None, force: bool, no_imatrix: bool, as_json: bool, **values: Any
+    model: Path,
+    mix: str | None,
+    plan: str | None,
+    output: Path | None,
+    force: bool,
+    no_imatrix: bool,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Quantize and print what was written."""
     from quantkit.api import quantize
@@ -38,11 +49,12 @@ def command(
         model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], use_importance=not no_imatrix,
         force=force, options=options,
     )  # fmt: skip
-    options.progress.stop()
+    stop_all()
     if as_json:
         emit_json({"output": str(path), **asdict(manifest)})
         return
     predicted = manifest.plan.get("predicted_kld")
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "
-               f"encoded in {manifest.seconds:.1f} s")  # fmt: skip
+               f"encoded in {manifest.seconds:.1f} s, "
+               f"{'errors weighted by activation statistics (' + manifest.importance + ')' if manifest.importance else 'no activation statistics'}")  # fmt: skip  # noqa: E501

@@ -28,6 +28,8 @@ def command(file: Path, as_json: bool) -> None:
             click.echo(f"not checked: {line}")
         for line in result.wrong:
             click.echo(f"WRONG: {line}")
-        click.echo(f"{file.name}: {'as written' if result.ok else 'NOT as written' if result.wrong else 'nothing could be checked'}")
+        click.echo(
+            f"{file.name}: {'as written' if result.ok else 'NOT as written' if result.wrong else 'nothing could be checked'}"
+        )
     if not result.ok:
         raise SystemExit(1)

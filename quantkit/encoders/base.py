@@ -20,6 +20,7 @@ class Encoder:
     """A method that turns a weight and its activation statistics into the bytes of one format."""
 
     method: ClassVar[str] = ""
+    version: ClassVar[int] = 1  # raised when the bytes for the same input change
     serves: ClassVar[frozenset[str]] = frozenset()
 
     def encode(
@@ -57,9 +58,7 @@ def check_finite(x: npt.NDArray[np.float32], name: str) -> None:
         )
 
 
-def check_importance(
-    importance: npt.NDArray[np.float32] | None, columns: int, name: str
-) -> npt.NDArray[np.float32] | None:
+def check_importance(importance: npt.NDArray[np.float32] | None, columns: int, name: str) -> npt.NDArray[np.float32] | None:
     """The importance as contiguous float32 of the right length, or None."""
     if importance is None:
         return None

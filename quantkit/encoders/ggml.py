@@ -7,6 +7,7 @@ The bytes equal those of llama.cpp's C code built without contraction of multipl
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,13 @@ _FLOATS = ("F32", "F16", "BF16")
 Loop = Callable[[np.ndarray, np.ndarray, bool, np.ndarray], None]
 
 
+@cache
 def _loop(name: str) -> Loop:
     """The compiled row loop of a format; Numba is imported here, not before."""
-    from quantkit.encoders.jit import prepare_cache
+    from quantkit.encoders.jit import announce, prepare_cache
 
     prepare_cache()
+    announce(f"encode_{name.lower()}")
     if name in _KQUANTS:
         from quantkit.encoders import loops_kquants as module
     else:
@@ -55,7 +58,9 @@ class GgmlEncoder(Encoder):
 
     def encode(self, weight, importance, fmt, *, threads=None, name="tensor"):
         if fmt.name not in self.serves:
-            raise FormatError(f"{name}: method ggml does not write {fmt.name}", hint="`quantkit formats` lists what can be written")
+            raise FormatError(
+                f"{name}: method ggml does not write {fmt.name}", hint="`quantkit formats` lists what can be written"
+            )
         x = np.ascontiguousarray(weight, dtype=np.float32)
         check_finite(x, name)
         row_bytes = fmt.row_bytes(x.shape[1])

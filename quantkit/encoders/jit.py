@@ -17,9 +17,7 @@ def cache_root() -> Path:
             return wanted
     except OSError:
         pass
-    fallback = Path(tempfile.gettempdir()) / f"quantkit-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
-    fallback.mkdir(parents=True, exist_ok=True)
-    return fallback
+    return Path(tempfile.mkdtemp(prefix="quantkit-"))
 
 
 def prepare_cache() -> None:
@@ -30,3 +28,10 @@ def prepare_cache() -> None:
 
     folder = cache_root() / f"numba-{version('numba')}-py{sys.version_info.major}{sys.version_info.minor}"
     os.environ["NUMBA_CACHE_DIR"] = str(folder)
+
+
+def announce(function: str) -> None:
+    """Say on stderr that ``function`` is about to be compiled, if no compiled version is cached."""
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR", ""))
+    if not any(folder.rglob(f"*.{function}-*.nbi")):
+        print(f"compiling {function} (once; a few seconds)", file=sys.stderr, flush=True)

@@ -339,7 +339,5 @@ def encode_q6_k(x, importance, weighted, out):
                     a, b2, c2, d2 = codes[c + i], codes[c + i + 32], codes[c + i + 64], codes[c + i + 96]
                     dst[o + Q6_QL + 64 * half + i] = np.uint8((a & 15) | ((c2 & 15) << 4))
                     dst[o + Q6_QL + 64 * half + 32 + i] = np.uint8((b2 & 15) | ((d2 & 15) << 4))
-                    dst[o + Q6_QH + 32 * half + i] = np.uint8(
-                        (a >> 4) | ((b2 >> 4) << 2) | ((c2 >> 4) << 4) | ((d2 >> 4) << 6)
-                    )
+                    dst[o + Q6_QH + 32 * half + i] = np.uint8((a >> 4) | ((b2 >> 4) << 2) | ((c2 >> 4) << 4) | ((d2 >> 4) << 6))
             put_half(dst, o + Q6_D, d)

@@ -11,11 +11,13 @@ All literals are float32 on purpose; a single float64 would change the bytes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
 # error_model "numpy": 1/0 is infinity as in C, and loops with divisions can be vectorized.
-OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+OPTIONS: Any = {"nogil": True, "cache": True, "error_model": "numpy"}
 ZERO, ONE, HALF = np.float32(0), np.float32(1), np.float32(0.5)
 TENTH = np.float32(0.1)
 # Adding and subtracting 1.5 · 2²³ rounds a float32 to the nearest integer, ties to even.
@@ -332,7 +334,7 @@ def q3_pass(lanes):
             lanes[256 + 16 * i + g] = new if take else l
             lanes[Q3_LX + g] = lx2 if take else lanes[Q3_LX + g]
             lanes[Q3_L2 + g] = l22 if take else lanes[Q3_L2 + g]
-            changed += np.int32(take)
+            changed += 1 if take else 0
     return changed
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.analysis.texts import read_text
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint import Checkpoint, open_checkpoint, require_readable
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.runners import open_runner
 from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
@@ -52,7 +52,6 @@ class Report:
     window: int
     candidates: list[Candidate]
     versions: dict[str, str] = field(default_factory=dict)
-    analysis: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """The document as text."""
@@ -88,6 +87,7 @@ def compare(
     original = open_checkpoint(reference)
     opened = [open_checkpoint(path) for path in candidates]
     for path, other in zip(candidates, opened, strict=True):
+        require_readable(other)
         _check_same_vocabulary(original, other, path)
     context = int(original.config.get("max_position_embeddings") or window)
     windows = evaluation_windows(original, texts, min(window, context), limit)
@@ -107,8 +107,8 @@ def compare(
         for path, checkpoint, scores in zip(candidates, opened, parts, strict=True)
     ]
     return Report(
-        reference=reference.name,
-        reference_bytes=_bytes_of(reference),
+        reference=reference.resolve().name,
+        reference_bytes=_bytes_of(original),
         architecture=original.family.arch,
         runtime=runtime,
         texts=[path.name for path in texts],
@@ -127,7 +127,8 @@ def _check_same_vocabulary(original: Checkpoint, other: Checkpoint, path: Path) 
     different = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
     if different is not None:
         raise CheckpointError(
-            f"{path.name}: token {different} is {b[different]!r}, in the original {a[different]!r}", hint="they are not the same model"
+            f"{path.name}: token {different} is {b[different]!r}, in the original {a[different]!r}",
+            hint="they are not the same model",
         )
 
 
@@ -171,11 +172,11 @@ def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Ca
 
     data = sum(get_format(t.dtype).row_bytes(t.columns) * t.rows for t in checkpoint.tensors.values())
     predicted = None
-    if manifest_path(path).exists():
+    if path.is_file() and manifest_path(path).exists():
         predicted = Manifest.read(manifest_path(path)).plan.get("predicted_kld")
     return Candidate(
-        name=path.name,
-        file_bytes=_bytes_of(path),
+        name=path.resolve().name,
+        file_bytes=_bytes_of(checkpoint),
         bpw=8 * data / checkpoint.n_weights,
         divergence=divergence,
         predicted_kld=predicted,
@@ -183,8 +184,8 @@ def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Ca
     )
 
 
-def _bytes_of(path: Path) -> int:
-    return sum(f.stat().st_size for f in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+def _bytes_of(checkpoint: Checkpoint) -> int:
+    return sum(path.stat().st_size for path in checkpoint.weight_files)
 
 
 def _versions(runtime: str) -> dict[str, str]:

@@ -31,7 +31,9 @@ def render_html(report: Report, sensitivity: Sensitivity | None = None) -> str:
     """The document as text; everything it shows is inside it."""
     from jinja2 import Environment, select_autoescape
 
-    environment = Environment(autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True
+    )
     pictures = [("KL divergence against size", embed(size_figure(report)))]
     pictures += [(f"plan of {c.name}", embed(plan_figure(c))) for c in report.candidates if c.plan]
     predicted = [c for c in report.candidates if c.predicted_kld]
@@ -64,7 +66,13 @@ def size_figure(report: Report) -> Any:
     """Mean KLD (log) over file size."""
     figure, axes = _figure(8, 4)
     for i, c in enumerate(report.candidates):
-        axes.errorbar(c.file_bytes / 1e6, max(c.divergence.mean_kld, 1e-9), yerr=c.divergence.mean_kld_error, fmt="os^vD*P"[i % 7], label=c.name)
+        axes.errorbar(
+            c.file_bytes / 1e6,
+            max(c.divergence.mean_kld, 1e-9),
+            yerr=c.divergence.mean_kld_error,
+            fmt="os^vD*P"[i % 7],
+            label=c.name,
+        )
     axes.set_yscale("log")
     axes.set_xlabel("file size, MB")
     axes.set_ylabel("mean KLD, nats per token")

@@ -93,9 +93,7 @@ class Format:
         """
         data = np.ascontiguousarray(data, dtype=np.uint8)
         if data.shape[-1] % cls.block_bytes():
-            raise FormatError(
-                f"{data.shape[-1]} bytes are not a multiple of {cls.name}'s block of {cls.block_bytes()} bytes"
-            )
+            raise FormatError(f"{data.shape[-1]} bytes are not a multiple of {cls.name}'s block of {cls.block_bytes()} bytes")
         blocks = data.reshape(-1, cls.block_bytes()).view(cls.layout).reshape(-1)
         with np.errstate(over="ignore", invalid="ignore"):
             values = cls._decode_blocks(blocks)

@@ -93,9 +93,7 @@ class Q5_K(Format):
     """As Q4_K with q in 0…31; the fifth bits lie in planes of their own."""
 
     name, gguf_id, elements, symmetric, fallback = "Q5_K", 13, SUPER, False, "Q5_1"
-    layout = np.dtype(
-        [("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)]
-    )
+    layout = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)])
 
     @classmethod
     def _decode_blocks(cls, blocks):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint, require_readable
 from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     import torch
     import transformers
 
+    require_readable(checkpoint)
     quiet()
     config = transformers.AutoConfig.for_model(
         checkpoint.config.get("model_type", checkpoint.family.model_type), **_config_fields(checkpoint)

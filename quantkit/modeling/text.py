@@ -80,7 +80,9 @@ def _byte_level(metadata: dict[str, Any]) -> Any:
             raise CheckpointError(f"pre-tokenizer {name!r} needs the step {step[0]}", hint="use the Hugging Face folder")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(t, special=kind == 3, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind in (3, 4)]
+    special = [
+        AddedToken(t, special=kind == 3, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind in (3, 4)
+    ]
     tokenizer.add_tokens(special)
     return tokenizer
 
@@ -107,5 +109,7 @@ def _sentencepiece(metadata: dict[str, Any]) -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 3])
+    tokenizer.add_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 3]
+    )
     return tokenizer

@@ -25,13 +25,15 @@ FILE_TYPES = {
 
 def tensor_specs(checkpoint: Checkpoint, plan: Plan) -> list[TensorSpec]:
     """Tensors of the output in file order."""
-    return [
-        TensorSpec(info.name, info.shape, get_format(plan.tensors[info.name].format)) for info in checkpoint.tensors.values()
-    ]
+    return [TensorSpec(info.name, info.shape, get_format(plan.tensors[info.name].format)) for info in checkpoint.tensors.values()]
 
 
 def output_metadata(
-    checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, hashes: bytes | None = None, base: gv.Metadata | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    stats: ActivationStats | None,
+    hashes: bytes | None = None,
+    base: gv.Metadata | None = None,
 ) -> gv.Metadata:
     """Metadata of the output. ``hashes`` may come later: their place has the right length already."""
     from importlib.metadata import PackageNotFoundError, version

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint
@@ -14,7 +14,7 @@ from quantkit.planning.artifact import output_metadata, tensor_specs
 from quantkit.planning.memory import Run, overhead
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,  # noqa: E501
          "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # fmt: skip
 
 
@@ -37,19 +37,22 @@ class Request:
     size: str | None = None
     fit: str | None = None
     like: str | None = None
-    run: Run = Run()
+    run: Run = field(default_factory=Run)
 
     def __post_init__(self) -> None:
         given = [name for name in ("bpw", "size", "fit", "like") if getattr(self, name) is not None]
         if len(given) > 1:
             raise PlanError(f"--{given[0]} and --{given[1]} exclude each other", hint="give one of them")
         if self.bpw is not None and not 0 < self.bpw <= 32:
-            raise PlanError(f"--bpw {self.bpw} is out of range", hint="give a number between 2 and 16")
+            raise PlanError(f"--bpw {self.bpw} is out of range", hint="give a number above 0 and at most 32")
+        for text in (self.size, self.fit):
+            if text is not None:
+                parse_size(text)
+        if self.like is not None and self.like.upper() not in {*BASE, *ALIASES} and not Path(self.like).is_file():
+            raise PlanError(f"--like {self.like!r} is neither a standard mix nor a file", hint=f"mixes: {', '.join(BASE)}")
 
 
-def budget_bytes(
-    request: Request, checkpoint: Checkpoint, stats: ActivationStats | None
-) -> tuple[int, dict[str, object]]:
+def budget_bytes(request: Request, checkpoint: Checkpoint, stats: ActivationStats | None) -> tuple[int, dict[str, object]]:
     """(file bytes, how they were asked for). Raises PlanError if the request is impossible."""
     if request.bpw is not None:
         return _header(checkpoint, stats) + int(request.bpw * checkpoint.n_weights / 8), {"bpw": request.bpw}
@@ -61,8 +64,6 @@ def budget_bytes(
     if like.upper() in BASE or like.upper() in ALIASES:
         return standard_plan(checkpoint, like, stats).file_bytes, {"like": like}
     path = Path(like)
-    if not path.is_file():
-        raise PlanError(f"--like {like!r} is neither a standard mix nor a file", hint=f"mixes: {', '.join(BASE)}")
     return path.stat().st_size, {"like": path.name, "file_bytes": path.stat().st_size}
 
 
@@ -76,7 +77,7 @@ def _fit(text: str, run: Run, checkpoint: Checkpoint) -> tuple[int, dict[str, ob
     left = memory - rest.total
     if left <= 0:
         raise PlanError(
-            f"{text} is less than the KV cache ({rest.kv_cache:,} bytes) and compute buffers ({rest.compute + rest.output:,} bytes) alone",
+            f"{text} is less than the KV cache ({rest.kv_cache:,} bytes) and compute buffers ({rest.compute + rest.output:,} bytes) alone",  # noqa: E501
             hint="ask for a shorter --context or a smaller --kv-type",
         )
     return left, {

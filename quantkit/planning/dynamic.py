@@ -28,7 +28,7 @@ def unquantized_format(info: TensorInfo) -> str:
 
 
 def predicted_cost(sensitivity: Sensitivity) -> CostOf:
-    """Cost of a tensor in a format from the analysis; formats it did not measure are refused."""
+    """Cost of a tensor in a format from the analysis; a format it did not measure costs as the next coarser one that it did."""
 
     def cost(info: TensorInfo, fmt: type[Format]) -> float:
         entry = sensitivity.tensors.get(info.name)
@@ -36,8 +36,8 @@ def predicted_cost(sensitivity: Sensitivity) -> CostOf:
             raise PlanError(f"the analysis knows nothing of {info.name}", hint="run `quantkit analyze` again")
         if fmt.name in entry.formats:
             return entry.formats[fmt.name].predicted_kld
-        larger = [get_format(f) for f in entry.formats if get_format(f).bpw() >= fmt.bpw()]
-        return 0.0 if not larger else max(entry.formats[f.name].predicted_kld for f in larger)
+        coarser = [c.predicted_kld for f, c in entry.formats.items() if get_format(f).bpw() <= fmt.bpw()]
+        return min(coarser, default=max(c.predicted_kld for c in entry.formats.values()))
 
     return cost
 
@@ -107,8 +107,7 @@ def _options(group: list[TensorInfo], policy: Policy, cost: CostOf) -> list[Choi
     if not shared:
         raise PlanError(f"no format fits all of {', '.join(i.name for i in group)}, which must share one")
     return [
-        Choice(fmt.name, sum(data_bytes(info, fmt) for info in group), sum(cost(info, fmt) for info in group))
-        for fmt in shared
+        Choice(fmt.name, sum(data_bytes(info, fmt) for info in group), sum(cost(info, fmt) for info in group)) for fmt in shared
     ]
 
 
@@ -118,7 +117,7 @@ def _assemble(checkpoint: Checkpoint, groups: list[list[TensorInfo]], chosen: li
         info.name: Assignment(formats.get(info.name, unquantized_format(info)), reason="never quantized by llama.cpp")
         for info in checkpoint.tensors.values()
     }
-    return Plan("dynamic-0.00bpw", "Q4_K_M", checkpoint.identity, tensors)
+    return Plan("dynamic-00.00bpw", "Q4_K_M", checkpoint.identity, tensors)
 
 
 def _explain(
@@ -133,10 +132,14 @@ def _explain(
         words = [f"{100 * choice.cost / total:.1f} % of the predicted KLD"]
         if at > 0:
             below = ladder[at - 1]
-            words.append(f"{below.label} would save {choice.nbytes - below.nbytes:,} bytes and add {_nats(below.cost - choice.cost)}")
+            words.append(
+                f"{below.label} would save {choice.nbytes - below.nbytes:,} bytes and add {_nats(below.cost - choice.cost)}"
+            )
         if at + 1 < len(ladder):
             above = ladder[at + 1]
-            words.append(f"{above.label} would take {above.nbytes - choice.nbytes:,} bytes to save {_nats(choice.cost - above.cost)}")
+            words.append(
+                f"{above.label} would take {above.nbytes - choice.nbytes:,} bytes to save {_nats(choice.cost - above.cost)}"
+            )
         for info in group:
             why = list(words)
             if policy.kept(info) is not None:

@@ -41,7 +41,9 @@ class Run:
         if self.kv_type not in KV_TYPES:
             raise PlanError(f"unknown KV cache type {self.kv_type!r}", hint=f"known: {', '.join(KV_TYPES)}")
         if get_format(self.kv_type).is_quantized() and not self.flash_attention:
-            raise PlanError(f"a {self.kv_type} KV cache needs flash attention in llama.cpp", hint="leave out --no-flash-attention")
+            raise PlanError(
+                f"a {self.kv_type} KV cache needs flash attention in llama.cpp", hint="leave out --no-flash-attention"
+            )
 
     @property
     def cells(self) -> int:
@@ -120,7 +122,7 @@ INPLACE = frozenset({"add", "mul", "div", "unary", "rope", "rms_norm", "clamp", 
 class Node:
     """One tensor of the graph: shape, strides in bytes, what it reads, what it is a view of."""
 
-    __slots__ = ("at", "children", "ne", "nb", "op", "output", "owned", "size", "src", "view", "views")
+    __slots__ = ("at", "children", "nb", "ne", "op", "output", "owned", "size", "src", "view", "views")
 
     def __init__(
         self, ne: Iterable[int], op: str, src: Iterable[Node] = (), itemsize: int = 4,
@@ -136,7 +138,7 @@ class Node:
             nb = tuple(steps)
         self.nb = nb
         self.size = prod(self.ne) * itemsize
-        self.view = (view.view or view) if view is not None else None
+        self.view: Node | None = (view.view or view) if view is not None else None
         self.op, self.src = op, list(src)
         self.output = self.owned = False
         self.children = self.views = self.at = 0

@@ -51,6 +51,7 @@ class Policy:
     keeps: list[Keep] = field(default_factory=list)
     floors: dict[Role, str] = field(default_factory=lambda: dict(FLOORS))
     super_weight_tensors: frozenset[str] = frozenset()
+    tied_heads: frozenset[str] = frozenset()  # an embedding that is the head too keeps the head's floor
     fused: bool = False  # the target runtime fuses q/k/v and gate/up: they share a format
 
     def describe(self) -> list[str]:
@@ -71,8 +72,8 @@ class Policy:
         asked = self.kept(info)
         if asked is not None:
             return [asked]
-        floor = self.floors.get(info.role)
-        least = get_format(floor).bpw() if floor else 0.0
+        roles = [info.role, Role.HEAD] if info.name in self.tied_heads else [info.role]
+        least = max((get_format(self.floors[role]).bpw() for role in roles if role in self.floors), default=0.0)
         if info.name in self.super_weight_tensors:
             least = max(least, get_format(SUPER_WEIGHT_FLOOR).bpw())
         found = [fmt for fmt in offered if fmt.bpw() >= least]
@@ -88,7 +89,11 @@ class Policy:
 
     def _key(self, info: TensorInfo) -> object:
         if self.fused:
-            for roles in ({Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V}, {Role.FFN_GATE, Role.FFN_UP}, {Role.EXPERT_GATE, Role.EXPERT_UP}):
+            for roles in (
+                {Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V},
+                {Role.FFN_GATE, Role.FFN_UP},
+                {Role.EXPERT_GATE, Role.EXPERT_UP},
+            ):
                 if info.role in roles:
                     return (info.layer, tuple(sorted(r.value for r in roles)))
         return info.name

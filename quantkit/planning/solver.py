@@ -7,6 +7,7 @@ Solved exactly by HiGHS through scipy.optimize.milp: minimize Σ cost·x subject
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ def _quiet_stdout() -> Iterator[None]:
             os.dup2(null.fileno(), 1)
         yield
     finally:
+        ctypes.CDLL(None).fflush(None)  # C's buffer too, while it still goes nowhere
         os.dup2(saved, 1)
         os.close(saved)
 

@@ -50,7 +50,9 @@ def standard_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | No
     if mix not in BASE:
         raise PlanError(f"unknown standard mix {name!r}", hint=f"known mixes: {', '.join(BASE)}")
     if mix == "Q2_K_S" and (stats is None or not use_importance):
-        raise PlanError("standard:Q2_K_S needs activation statistics, as in llama-quantize", hint="run `quantkit analyze` or give --imatrix")
+        raise PlanError(
+            "standard:Q2_K_S needs activation statistics, as in llama-quantize", hint="run `quantkit analyze` or give --imatrix"
+        )
     config = checkpoint.config
     heads = int(config["num_attention_heads"])
     kv = int(config.get("num_key_value_heads") or heads)
@@ -84,7 +86,7 @@ def uniform_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | Non
         chosen = fallback(fmt.name, info.columns)
         reason = "uniform" if chosen == fmt.name else f"rows of {info.columns} do not fit {fmt.name}"
         tensors[info.name] = Assignment(chosen, "ggml", reason)
-    label = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}.get(fmt.name, fmt.name)
+    label = ALIASES.get(fmt.name, fmt.name)
     plan = Plan(f"uniform-{fmt.name}", label, checkpoint.identity, tensors, use_importance=use_importance)
     plan.bpw = bits_per_weight(checkpoint, plan)
     plan.file_bytes = planned_bytes(checkpoint, plan, stats)

@@ -34,6 +34,7 @@ class Manifest:
     source: dict[str, Any]
     plan: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
+    importance: str | None = None  # texts behind the activation statistics, None: errors were not weighted
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -87,6 +87,7 @@ def run(
                         "sha256": hashes[spec.name], "reason": plan.tensors[spec.name].reason}
             for spec in specs
         },
+        importance=", ".join(stats.datasets) or "imatrix" if stats is not None and plan.use_importance else None,
         versions=_versions(),
         seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
@@ -95,9 +96,7 @@ def run(
 
 
 def _check_paths(checkpoint: Checkpoint, out: Path, force: bool) -> None:
-    sources = getattr(checkpoint, "files", None)
-    inputs = [f.path for f in sources] if sources else list(checkpoint.path.glob("*.safetensors"))
-    if out.exists() and any(out.samefile(path) for path in inputs):
+    if out.exists() and any(out.samefile(path) for path in checkpoint.weight_files):
         raise OutputError(f"{out} is the input itself", hint="choose another output with -o")
     refuse_existing(out, force)
 
@@ -136,7 +135,10 @@ def _versions() -> dict[str, str]:
 
 def cache_key(checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None) -> str:
     """Name of an encoded tensor in the cache: everything its bytes depend on."""
-    digest = hashlib.sha256(f"{checkpoint.identity} {info.name} {entry.format} {entry.method}".encode())
+    encoder = get_encoder(entry.method)
+    digest = hashlib.sha256(
+        f"{checkpoint.identity} {checkpoint.stamp} {info.name} {entry.format} {entry.method} {encoder.version}".encode()
+    )
     known = stats.tensors.get(info.name) if stats else None
     if known is not None:
         digest.update(known.sum_squares.tobytes() + known.counts.tobytes())

@@ -149,7 +149,9 @@ class Family:
         kind = rope.get("rope_type") or rope.get("type") or "default"
         prefix = f"{self.arch}.rope.scaling"
         if kind == "llama3" and not self.rope_freqs:
-            raise CheckpointError(f"config.json asks for rope scaling llama3 in a {self.arch} model", hint="llama.cpp reads it for Llama only")
+            raise CheckpointError(
+                f"config.json asks for rope scaling llama3 in a {self.arch} model", hint="llama.cpp reads it for Llama only"
+            )
         if kind in ("default", "dynamic", "llama3"):  # llama3 becomes the tensor rope_freqs.weight
             return {}
         out = {f"{prefix}.type": gv.string(kind), f"{prefix}.factor": gv.f32(rope.get("factor", 1.0))}
@@ -159,12 +161,17 @@ class Family:
             if "original_max_position_embeddings" in rope:
                 out[f"{prefix}.original_context_length"] = gv.u32(rope["original_max_position_embeddings"])
             if (rope.get("beta_fast") or 32) != 32 or (rope.get("beta_slow") or 1) != 1:
-                raise CheckpointError("config.json sets yarn's beta_fast or beta_slow", hint="llama.cpp uses 32 and 1; the file would compute another function")
+                raise CheckpointError(
+                    "config.json sets yarn's beta_fast or beta_slow",
+                    hint="llama.cpp uses 32 and 1; the file would compute another function",
+                )
             if rope.get("attention_factor"):  # llama.cpp multiplies its own 1 + 0.1·ln(factor) in
                 own = 1.0 + 0.1 * math.log(rope.get("factor", 1.0))
                 out[f"{prefix}.attn_factor"] = gv.f32(rope["attention_factor"] / own)
             return out
-        raise CheckpointError(f"config.json asks for rope scaling {kind!r}", hint="quantkit writes default, linear, yarn and llama3")
+        raise CheckpointError(
+            f"config.json asks for rope scaling {kind!r}", hint="quantkit writes default, linear, yarn and llama3"
+        )
 
     def config(self, metadata: dict[str, Any]) -> Config:
         """A config.json equivalent to GGUF metadata (plain values), for building the model in torch."""
@@ -180,8 +187,8 @@ class Family:
         out.pop("rope_dimension", None)
         theta = out.pop("rope_theta", 10000.0)
         out["rope_parameters"] = {"rope_theta": theta, **self._rope_from(metadata)}
-        for key, field_name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
-            out[field_name] = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        for token, field_name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
+            out[field_name] = metadata.get(f"tokenizer.ggml.{token}_token_id")
         return out
 
     def _rope_from(self, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -190,11 +197,8 @@ class Family:
         if kind in ("none", "default"):
             return {"rope_type": "default"}
         out = {"rope_type": kind, "factor": metadata.get(f"{prefix}.factor", 1.0)}
-        for key, name in (
-            ("original_context_length", "original_max_position_embeddings"),
-        ):
-            if f"{prefix}.{key}" in metadata:
-                out[name] = metadata[f"{prefix}.{key}"]
+        if f"{prefix}.original_context_length" in metadata:
+            out["original_max_position_embeddings"] = metadata[f"{prefix}.original_context_length"]
         if f"{prefix}.attn_factor" in metadata:
             out["attention_factor"] = metadata[f"{prefix}.attn_factor"] * (1.0 + 0.1 * math.log(out["factor"]))
         return out

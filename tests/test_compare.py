@@ -1,0 +1,136 @@
+"""Comparison: both runtimes agree on decoded weights, the original loses nothing, order is right, the report is whole."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from quantkit.checkpoint import open_checkpoint
+from quantkit.checkpoint.gguf_writer import write_gguf
+from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.evaluation.compare import compare
+from quantkit.evaluation.report import render_html
+from quantkit.evaluation.texts import default_texts
+from quantkit.planning.artifact import output_metadata, tensor_specs
+from quantkit.planning.standard import uniform_plan
+from quantkit.quantizer.pipeline import run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    checkpoint = open_checkpoint(tiny.MOE)
+    for name in ("BF16", "Q8_0", "Q4_K", "Q2_K"):
+        run(checkpoint, uniform_plan(checkpoint, name, None), folder / f"{name}.gguf")
+    return folder
+
+
+def test_the_original_loses_nothing_and_order_is_right(files):
+    names = ["BF16", "Q8_0", "Q4_K", "Q2_K"]
+    report = compare(tiny.MOE, [files / f"{n}.gguf" for n in names], default_texts(), limit=2048)
+    same = report.candidates[0].divergence
+    assert same.max_kld < 1e-6 and same.top1_agreement == 1 and same.perplexity_ratio == pytest.approx(1, abs=1e-6)
+    klds = [c.divergence.mean_kld for c in report.candidates]
+    assert klds == sorted(klds) and 1e-3 < klds[2] < 0.1 < klds[3]
+    assert report.tokens == 4 * 255
+    assert json.loads(report.to_json())["candidates"][2]["bpw"] == pytest.approx(report.candidates[2].bpw)
+
+
+def decoded_copy(source, target):
+    """The F32 GGUF of the decoded weights of a quantized file."""
+    checkpoint = open_checkpoint(source)
+    plan = uniform_plan(checkpoint, "F32", None)
+    specs = tensor_specs(checkpoint, plan)
+    with write_gguf(target, output_metadata(checkpoint, plan, None), specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, checkpoint.read(spec.name))
+    return target
+
+
+def test_torch_and_llama_cpp_agree_on_the_decoded_weights(files, tmp_path):
+    try:
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        oracle.missing("llama-cpp-python")
+    plain = decoded_copy(files / "Q4_K.gguf", tmp_path / "q4-f32.gguf")
+    rows = {
+        rt: compare(tiny.MOE, [plain], default_texts(), runtime=rt, limit=2048).candidates[0].divergence
+        for rt in ("torch", "llama")
+    }
+    assert rows["llama"].mean_kld == pytest.approx(rows["torch"].mean_kld, rel=2e-3)
+    assert rows["llama"].perplexity == pytest.approx(rows["torch"].perplexity, rel=1e-4)
+    packed = compare(tiny.MOE, [files / "Q4_K.gguf"], default_texts(), runtime="llama", limit=2048).candidates[0].divergence
+    assert packed.mean_kld == pytest.approx(
+        rows["torch"].mean_kld, rel=0.3
+    )  # llama.cpp rounds activations: reported, not bounded
+
+
+def test_a_dynamic_file_loads_and_writes_in_llama_cpp(analyzed, tmp_path):
+    try:
+        import llama_cpp
+    except ImportError:
+        oracle.missing("llama-cpp-python")
+    from quantkit.api import Options, quantize
+
+    folder, work, text = analyzed
+    path, manifest = quantize(folder, tmp_path / "x.gguf", bpw=3.5, options=Options(work=work, calibration=[text], tokens=8192))
+    assert manifest.bpw <= 3.5
+    model = llama_cpp.Llama(str(path), n_ctx=128, verbose=False)
+    assert len(model("Once upon a time", max_tokens=8, temperature=0)["choices"][0]["text"]) > 0
+
+
+def test_another_vocabulary_is_refused(files, tiny_folder, tmp_path):
+    other = tmp_path / "other"
+    import shutil
+
+    shutil.copytree(tiny_folder("llama"), other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    word = next(k for k, v in vocab.items() if v == 4000)
+    vocab["qqqq"] = vocab.pop(word)
+    tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if word not in "".join(m)]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match="token 4000 is 'qqqq'"):
+        compare(tiny.MOE, [other], default_texts())
+
+
+def test_a_text_that_is_too_short(files, tmp_path):
+    (tmp_path / "t.txt").write_text("Short.")
+    with pytest.raises(CalibrationError, match="fewer than 512 tokens"):
+        compare(tiny.MOE, [files / "Q8_0.gguf"], [tmp_path / "t.txt"])
+
+
+def test_the_report_is_one_offline_file(files):
+    report = compare(tiny.MOE, [files / "Q4_K.gguf"], default_texts(), limit=1024)
+    report.candidates[0].name = "<script>alert(1)</script>"
+    html = render_html(report)
+    assert "<script>alert" not in html and "&lt;script&gt;" in html
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    assert f"{report.candidates[0].divergence.mean_kld:.5f}" in html
+    assert html.count("data:image/png;base64,") >= 2
+    assert len(html) < 3_000_000
+
+
+def test_windows_are_scored_like_llama_perplexity(files):
+    """Second half of each window, the token after each scored position: the perplexity by hand."""
+    import torch
+
+    from quantkit.evaluation.compare import evaluation_windows
+    from quantkit.modeling.skeleton import materialized_model
+
+    checkpoint = open_checkpoint(tiny.MOE)
+    windows = evaluation_windows(checkpoint, default_texts(), 512, 1024)
+    assert windows.shape == (2, 512) and (windows[:, 0] == 0).all()
+    model = materialized_model(checkpoint)
+    nll = []
+    with torch.inference_mode():
+        for ids in windows:
+            logp = model(torch.from_numpy(ids)[None]).logits[0].double().log_softmax(-1)
+            nll += [-float(logp[i, ids[i + 1]]) for i in range(256, 511)]
+    report = compare(tiny.MOE, [files / "Q8_0.gguf"], default_texts(), limit=1024)
+    assert report.candidates[0].divergence.reference_perplexity == pytest.approx(float(np.exp(np.mean(nll))), rel=1e-4)
