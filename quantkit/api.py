@@ -16,9 +16,9 @@ from quantkit.analysis.run import ANALYSIS, IMATRIX, TOKENS, analysis_key, work_
 from quantkit.analysis.run import analyze as run_analysis
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.checkpoint.files import refuse_existing, require_folder, write_text
+from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
-from quantkit.errors import CalibrationError, PlanError
+from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
 from quantkit.planning.budget import Request, budget_bytes
@@ -29,6 +29,7 @@ from quantkit.planning.policy import Keep, Policy
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 from quantkit.progress import Progress
 from quantkit.quantizer.manifest import Manifest
+from quantkit.quantizer.pipeline import check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
 
 PLAN, TENSORS = "plan.json", "tensors"
@@ -97,10 +98,11 @@ def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) ->
     try:
         sensitivity = Sensitivity.read(work / ANALYSIS)
         stats = read_imatrix(work / IMATRIX)
-    except CalibrationError:
+    except QuantkitError:
         return None
     if sensitivity.identity != checkpoint.identity:
         raise CalibrationError(f"{work} holds the analysis of another model ({sensitivity.model})", hint="choose another --work")
+    check_stats(stats, checkpoint)
     default = not options.given and options.tokens == TOKENS and options.probes is None
     same = default and sensitivity.calibration.get("stamp") == checkpoint.stamp
     return (sensitivity, stats) if same or sensitivity.calibration.get("key") == key else None
@@ -139,7 +141,7 @@ def _dynamic(checkpoint: Checkpoint, request: Request, keep: Sequence[str], opti
 
 def quantize(
     model: str | Path, out: str | Path | None = None, plan: str | Plan = "dynamic", request: Request | None = None, *,
-    keep: Sequence[str] = (), use_importance: bool = True, force: bool = False, options: Options | None = None,
+    keep: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None, options: Options | None = None,
     **keywords: Any,
 ) -> tuple[Path, Manifest]:  # fmt: skip
     """Write ``model`` as a quantized GGUF and return its path and manifest.
@@ -153,15 +155,22 @@ def quantize(
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     if out is not None:
-        refuse_existing(Path(out), force)
+        check_output(checkpoint, Path(out), force)
         require_folder(Path(out))
     made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options)
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
     cache = work_directory(checkpoint.path, options.work) / TENSORS
     manifest = run_quantizer(
-        checkpoint, made, target, stats=stats, cache=cache if stats is not None else None, force=force, progress=options.progress
+        checkpoint,
+        made,
+        target,
+        stats=stats,
+        cache=cache if stats is not None else None,
+        force=force,
+        split_bytes=split_bytes,
+        progress=options.progress,
     )
-    return target, manifest
+    return target.with_name(manifest.file), manifest
 
 
 def _resolve_plan(
@@ -251,6 +260,8 @@ def compare(
 
     if html is not None:
         require_folder(Path(html))
+        if Path(html).suffix.lower() not in (".html", ".htm"):
+            raise OutputError(f"{html} is not a name for a report", hint="end it in .html")
     texts = [Path(t) for t in text] or default_texts()
     report = run_compare(
         Path(reference), [Path(c) for c in candidates], texts, runtime=runtime, window=window, limit=limit, progress=progress

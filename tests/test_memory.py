@@ -17,6 +17,7 @@ from quantkit.quantizer.pipeline import run as write
 
 GGML_TYPES = {"F16": 1, "Q8_0": 8, "Q4_0": 2}
 MIB = 1024 * 1024
+CALLBACKS: list = []
 
 
 def reported(path, run: Run) -> dict[str, float]:
@@ -31,6 +32,7 @@ def reported(path, run: Run) -> dict[str, float]:
     def log(level, text, data):
         lines.append(text.decode(errors="replace"))
 
+    CALLBACKS.append(log)  # llama.cpp keeps the pointer
     llama_cpp.llama_log_set(log, ctypes.c_void_p(0))
     try:
         model_params = llama_cpp.llama_model_default_params()
@@ -46,7 +48,9 @@ def reported(path, run: Run) -> dict[str, float]:
         llama_cpp.llama_free(context)
         llama_cpp.llama_model_free(model)
     finally:
-        llama_cpp.llama_log_set(llama_cpp.llama_log_callback(lambda *a: None), ctypes.c_void_p(0))
+        silent = llama_cpp.llama_log_callback(lambda *a: None)
+        CALLBACKS.append(silent)
+        llama_cpp.llama_log_set(silent, ctypes.c_void_p(0))
     out = {"model": 0.0, "KV": 0.0, "compute": 0.0, "output": 0.0}
     for kind, size in re.findall(r"(model|KV|compute|output)\s+buffer size\s*=\s*([\d.]+) MiB", "".join(lines)):
         out[kind] += float(size) * MIB

@@ -68,11 +68,21 @@ def test_verify_notices_a_changed_header(model, tmp_path):
     assert any("header" in line for line in verify(path).wrong)
 
 
+def watch(monkeypatch, real) -> list[str]:
+    """Names of the tensors that are really encoded from now on."""
+    encoded: list[str] = []
+
+    def encode(self, info, *rest):
+        encoded.append(info.name)
+        return real(self, info, *rest)
+
+    monkeypatch.setattr(pipeline.Job, "encode", encode)
+    return encoded
+
+
 def test_only_changed_tensors_are_encoded_again(model, tmp_path, monkeypatch):
     checkpoint, stats = model
-    encoded = []
-    real = pipeline._encode_slices
-    monkeypatch.setattr(pipeline, "_encode_slices", lambda c, info, *rest: encoded.append(info.name) or real(c, info, *rest))
+    encoded = watch(monkeypatch, pipeline.Job.encode)
     plan = standard_plan(checkpoint, "Q4_K_M", stats)
     run = lambda name: pipeline.run(checkpoint, plan, tmp_path / name, stats=stats, cache=tmp_path / "cache")  # noqa: E731
     run("a.gguf")
@@ -94,27 +104,48 @@ def test_only_changed_tensors_are_encoded_again(model, tmp_path, monkeypatch):
 def test_an_interrupted_run_leaves_nothing_and_goes_on_from_where_it_was(model, tmp_path, monkeypatch):
     checkpoint, stats = model
     plan = standard_plan(checkpoint, "Q4_K_M", stats)
-    encoded = []
-    real = pipeline._encode_slices
+    real = pipeline.Job.encode
 
-    def stop_in_the_middle(c, info, *rest):
-        encoded.append(info.name)
-        if len(encoded) == 12:
+    def stop_in_the_middle(self, info, *rest):
+        if info.name == "blk.1.attn_q.weight":
             raise KeyboardInterrupt
-        yield from real(c, info, *rest)
+        return real(self, info, *rest)
 
-    monkeypatch.setattr(pipeline, "_encode_slices", stop_in_the_middle)
+    monkeypatch.setattr(pipeline.Job, "encode", stop_in_the_middle)
     out, cache = tmp_path / "out", tmp_path / "cache"
     out.mkdir()
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(checkpoint, plan, out / "x.gguf", stats=stats, cache=cache)
     assert list(out.iterdir()) == []
-    done = {n for n in encoded[:-1] if plan.tensors[n].format != "F32"}
-    encoded.clear()
-    monkeypatch.setattr(pipeline, "_encode_slices", lambda c, info, *rest: encoded.append(info.name) or real(c, info, *rest))
+    kept = len(list(cache.glob("*.bin")))
+    encoded = watch(monkeypatch, real)
     pipeline.run(checkpoint, plan, out / "x.gguf", stats=stats, cache=cache)
-    assert done and not done & set(encoded)
+    quantized = [n for n, e in plan.tensors.items() if e.format != "F32"]
+    assert kept >= 5 and len({n for n in encoded if n in quantized}) == len(quantized) - kept
     assert verify(out / "x.gguf").ok
+
+
+def test_a_failing_cache_does_not_stop_a_run(model, tmp_path):
+    checkpoint, stats = model
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    pipeline.run(checkpoint, standard_plan(checkpoint, "Q4_0", stats), tmp_path / "x.gguf", stats=stats, cache=tmp_path / "cache")
+    assert verify(tmp_path / "x.gguf").ok
+
+
+def test_split_files_have_llama_cpps_names_and_load_together(tmp_path):
+    checkpoint = open_checkpoint(tiny.DENSE)
+    plan = uniform_plan(checkpoint, "BF16", None)
+    pipeline.run(checkpoint, plan, tmp_path / "whole.gguf")
+    with pytest.raises(PlanError, match="largest tensor"):
+        pipeline.run(checkpoint, plan, tmp_path / "x.gguf", split_bytes=100_000)
+    pipeline.run(checkpoint, plan, tmp_path / "x.gguf", split_bytes=4_000_000)
+    parts = sorted(tmp_path.glob("x-*.gguf"))
+    assert [p.name for p in parts] == [f"x-{i:05d}-of-{len(parts):05d}.gguf" for i in range(1, len(parts) + 1)]
+    assert len(parts) > 2 and all(p.stat().st_size <= 4_000_000 and verify(p).ok for p in parts)
+    whole, split = open_checkpoint(tmp_path / "whole.gguf"), open_checkpoint(parts[0])
+    assert split.identity == whole.identity and list(split.tensors) == list(whole.tensors)
+    llama_cpp = pytest.importorskip("llama_cpp")
+    assert llama_cpp.Llama(str(parts[0]), n_ctx=64, verbose=False).n_vocab() == 4096
 
 
 def test_a_bad_weight_is_named_and_nothing_is_written(tiny_folder, tmp_path):

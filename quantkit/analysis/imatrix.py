@@ -76,6 +76,10 @@ def read_imatrix(path: Path) -> ActivationStats:
             raise CalibrationError(f"{path.name} has sums but no counts for {name}", hint="the file is damaged; make it again")
         sums, counts = (_read(file, name + suffix) for suffix in (SUMS, COUNTS))
         counts = counts.reshape(-1)
+        if sums.size % counts.size:
+            raise CalibrationError(
+                f"{path.name}: {sums.size} sums for {counts.size} counts of {name}", hint="make the imatrix again"
+            )
         if not np.isfinite(sums).all() or (sums < 0).any():
             raise CalibrationError(
                 f"{path.name}: {name} holds a value that is negative or not finite", hint="make the imatrix again"

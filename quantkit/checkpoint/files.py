@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from quantkit.errors import CheckpointError, OutputError
 
@@ -42,7 +43,10 @@ class PositionedFile:
         done = 0
         flat = target.cast("B") if target.format != "B" else target
         while done < length:
-            got = os.preadv(self._handle.fileno(), [flat[done : done + (1 << 30)]], offset + done)
+            try:
+                got = os.preadv(self._handle.fileno(), [flat[done : done + (1 << 30)]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {self.path}: {error.strerror}", hint="check the disk") from None
             if got <= 0:
                 raise CheckpointError(f"{self.path.name} ended at byte {offset + done}", hint="download the file again")
             done += got
@@ -57,6 +61,23 @@ class PositionedFile:
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file. Raises CheckpointError if it cannot be read or is something else."""
+    hint = "download the file again"
+    try:
+        raw = path.read_bytes()
+        if raw.startswith(LFS_MAGIC):
+            raise CheckpointError(f"{path} is a Git LFS pointer, not the file", hint="run `git lfs pull` in the model's folder")
+        found = json.loads(raw)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=hint) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})", hint=hint) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object", hint=hint)
+    return found
 
 
 def refuse_existing(path: Path, force: bool) -> None:

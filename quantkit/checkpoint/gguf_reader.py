@@ -21,6 +21,7 @@ from quantkit.formats import Format, format_by_gguf_id
 
 MAX_HEADER = 1 << 30
 MAX_STRING = 1 << 26
+MAX_ITEMS = 1 << 24
 GGML_NAMES = {16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"}  # fmt: skip  # noqa: E501
 
 
@@ -91,13 +92,13 @@ class GgufFile:
             return gv.Value(kind, self._number(kind))
         item, count = self._number(gv.U32), self._number(gv.U64)
         if item == gv.STRING:
-            if count * 8 > self.file.size:
+            if count * 8 > self.file.size or count > MAX_ITEMS:
                 raise self._fail(f"an array of {count} strings does not fit the file")
             return gv.Value(kind, [self._string() for _ in range(count)], item)
         if item not in gv.NUMPY:
             raise self._fail(f"unknown array type {item} at byte {self._position - 12}")
         dtype = np.dtype(gv.NUMPY[item])
-        if count * dtype.itemsize > self.file.size:
+        if count * dtype.itemsize > self.file.size or count > MAX_ITEMS:
             raise self._fail(f"an array of {count} items does not fit the file")
         return gv.Value(kind, np.frombuffer(self._take(count * dtype.itemsize), dtype).tolist(), item)
 

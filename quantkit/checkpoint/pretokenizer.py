@@ -15,6 +15,15 @@ from typing import Any
 
 from quantkit.errors import CheckpointError
 
+# Names of llama.cpp that split like another one (src/llama-vocab.cpp).
+SYNONYMS = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "glm4"), "llama-bpe"),
+    **dict.fromkeys(("smaug-bpe", "chatglm-bpe"), "dbrx"),
+    **dict.fromkeys(("stablelm2", "deepseek-r1-qwen", "megrez", "hunyuan", "kormo", "solar-open", "grok-2"), "qwen2"),
+    **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "gigachat", "exaone4", "modern-bert", "trillion"), "gpt-2"),
+    **dict.fromkeys(("smollm", "refact", "command-r", "codeshell", "exaone"), "starcoder"),
+}  # fmt: skip
+
 
 def steps_of(definition: dict[str, Any] | None) -> list[list[Any]]:
     """Flatten a ``pre_tokenizer`` object of tokenizer.json into comparable steps."""
@@ -61,6 +70,7 @@ def definition_of(name: str) -> dict[str, Any]:
 
     Raises CheckpointError if quantkit has no definition of that name.
     """
+    name = SYNONYMS.get(name, name)
     for row in _known():
         if row["pre"] == name:
             return row

@@ -65,6 +65,8 @@ def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
 
     Rules: llama.cpp, src/llama-quant.cpp, tensor_allows_quantization.
     """
+    while shape and shape[0] == 1:  # ggml does not count leading dimensions of one
+        shape = shape[1:]
     if len(shape) < 2 or not name.endswith("weight"):
         return False
     return "_norm.weight" not in name and "ffn_gate_inp.weight" not in name

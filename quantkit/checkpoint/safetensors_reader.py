@@ -72,9 +72,9 @@ class SafetensorsFile:
             ints = [start, end, *shape]
         except (TypeError, KeyError, ValueError):
             raise self._fail(f"tensor {name!r} has no dtype, shape and data_offsets") from None
-        if not all(type(n) is int and n >= 0 for n in ints):
+        if len(shape) > 8 or not all(type(n) is int and n >= 0 for n in ints):
             raise self._fail(f"tensor {name!r} has a negative or non-integer shape or offset: {ints}")
-        if dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             raise self._fail(f"tensor {name!r} has the unknown dtype {dtype!r}")
         need = math.prod(shape) * np.dtype(DTYPES[dtype][0]).itemsize
         if end < start or end - start != need:

@@ -20,9 +20,11 @@ import numpy.typing as npt
 
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.families import Family, family_of_gguf, family_of_hf, head_dim
+from quantkit.checkpoint.files import read_json
 from quantkit.checkpoint.gguf_reader import GgufFile, type_name
 from quantkit.checkpoint.roles import Role, is_quantizable, layer_of, role_of
 from quantkit.checkpoint.safetensors_reader import SafetensorsFile
+from quantkit.checkpoint.shapes import check_config, check_shapes
 from quantkit.checkpoint.tokenizer import tokenizer_metadata
 from quantkit.errors import CheckpointError
 from quantkit.formats import formats
@@ -134,6 +136,8 @@ class Checkpoint:
     def identity(self) -> str:
         """A hash that tells models apart: architecture, shapes and a sample of every tensor's rows."""
         digest = hashlib.sha256(self.family.arch.encode())
+        for key, value in sorted(self.family.metadata(self.config).items()):
+            digest.update(key.encode() + value.packed())
         for info in sorted(self.tensors.values(), key=lambda t: t.name):
             digest.update(f"{info.name}{info.shape}".encode())
             for row in np.unique(np.linspace(0, info.rows - 1, SAMPLED_ROWS).astype(int)):
@@ -151,36 +155,10 @@ class Checkpoint:
         """The files that hold the weights."""
         raise NotImplementedError
 
-    def _check_shapes(self) -> None:
-        config, wrong = self.config, []
-        width, head = config["hidden_size"], head_dim(config)
-        kv = config.get("num_key_value_heads") or config["num_attention_heads"]
-        expected = {
-            "token_embd.weight": (config["vocab_size"], width),
-            "output.weight": (config["vocab_size"], width),
-            "attn_q.weight": (config["num_attention_heads"] * head, width),
-            "attn_k.weight": (kv * head, width),
-            "attn_v.weight": (kv * head, width),
-            "attn_output.weight": (width, config["num_attention_heads"] * head),
-            "ffn_down.weight": (width, config.get("intermediate_size")),
-            "ffn_down_exps.weight": (config.get("num_experts"), width, config.get("moe_intermediate_size")),
-        }
-        for info in self.tensors.values():
-            want = expected.get(info.name.split(".", 2)[-1] if info.name.startswith("blk.") else info.name)
-            if want is not None and info.shape != want:
-                wrong.append(f"{info.name} is {list(info.shape)}, config.json asks for {list(want)}")
-        if wrong:
-            raise CheckpointError(wrong[0], hint="weights and config.json belong to different models")
-        suffixes = {info.name.split(".", 2)[-1] for info in self.tensors.values() if info.layer is not None}
-        required = {gguf.split(".", 2)[-1] + ".weight" for gguf in self.family.names.values() if gguf.startswith("blk.")}
-        for name in ["token_embd.weight", "output_norm.weight"] + [
-            f"blk.{i}.{suffix}" for i in range(self.n_layers) for suffix in sorted(suffixes | required)
-        ]:
-            if name not in self.tensors:
-                raise CheckpointError(
-                    f"{self.path.name} has no tensor {name} ({self.family.to_hf(name, 0)})",
-                    hint="the checkpoint is incomplete; download it again",
-                )
+    def _check(self) -> None:
+        """Refuse what contradicts the config, before anything is read."""
+        shapes = {info.name: info.shape for info in self.tensors.values()}
+        check_shapes(shapes, self.config, self.family, self.path.resolve().name)
 
 
 def require_readable(checkpoint: Checkpoint) -> None:
@@ -232,13 +210,14 @@ class HfCheckpoint(Checkpoint):
         self.path = folder
         self.config = self._read_config()
         names = self.config.get("architectures") or ["(none)"]
-        self.family = family_of_hf(names[0])
+        self.family = family_of_hf(str(names[0]) if isinstance(names, list) else str(names))
+        check_config(self.config, self.family, "config.json")
         self._pre_tokenizer = pre_tokenizer
         self._parts: dict[str, list[_Part]] = {}
         self._computed: dict[str, npt.NDArray[np.float32]] = {}
         self.tensors = {}
         self._map()
-        self._check_shapes()
+        self._check()
 
     @property
     def weight_files(self) -> list[Path]:
@@ -248,15 +227,7 @@ class HfCheckpoint(Checkpoint):
         file = self.path / "config.json"
         if not file.exists():
             raise CheckpointError(f"{self.path} has no config.json", hint="give a Hugging Face model folder or a GGUF file")
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not valid JSON ({error})", hint="download the file again") from None
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{file} is not a JSON object", hint="download the file again")
-        for field in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-            if config.get("architectures") and type(config.get(field)) is not int:
-                raise CheckpointError(f"{file} has no number {field}", hint="restore the model's own config.json")
+        config = read_json(file)
         if config.get("num_experts") is None and config.get("num_local_experts"):
             config["num_experts"] = config["num_local_experts"]
         return config
@@ -276,7 +247,7 @@ class HfCheckpoint(Checkpoint):
                 if not (self.path / name).exists():
                     raise CheckpointError(f"shard {name} is missing", hint="download the missing shard")
             return [SafetensorsFile(self.path / name) for name in names]
-        files = sorted(self.path.glob("*.safetensors"))
+        files = sorted(self.path.glob("model*.safetensors")) or sorted(self.path.glob("*.safetensors"))
         if not files:
             pickles = [f.name for f in self.path.iterdir() if f.suffix in PICKLES]
             if pickles:
@@ -324,14 +295,14 @@ class HfCheckpoint(Checkpoint):
                 f"{self.path.name} has no lm_head.weight and config.json does not tie it", hint="the checkpoint is incomplete"
             )
         for name in sorted(found, key=_file_order):
-            self._add(name, [found[name][e] for e in sorted(found[name])])
+            self._add(name, [found[name][e] for e in sorted(found[name])], sorted(found[name]))
         if self.family.rope_freqs:
             factors = rope_factors(config)
             if factors is not None:
                 self._computed["rope_freqs.weight"] = factors
                 self.tensors["rope_freqs.weight"] = TensorInfo("rope_freqs.weight", factors.shape, "F32")
 
-    def _add(self, name: str, parts: list[_Part]) -> None:
+    def _add(self, name: str, parts: list[_Part], numbers: list[int]) -> None:
         first = parts[0].file.entries[parts[0].name]
         for part in parts:
             entry = part.file.entries[part.name]
@@ -343,9 +314,9 @@ class HfCheckpoint(Checkpoint):
         shape = first.shape
         if name.endswith("_exps.weight"):
             wanted = self.config["num_experts"]
-            if len(parts) != wanted:
+            if numbers != list(range(wanted)):
                 raise CheckpointError(
-                    f"{name}: {len(parts)} experts found, config.json says {wanted}", hint="the checkpoint is incomplete"
+                    f"{name}: experts {numbers} found, config.json says {wanted}", hint="the checkpoint is incomplete"
                 )
             shape = (len(parts), *shape)
         if name.endswith("ffn_gate_inp_shexp.weight") and len(shape) == 2:
@@ -372,6 +343,10 @@ class HfCheckpoint(Checkpoint):
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def metadata(self) -> gv.Metadata:
+        return dict(self._cached_metadata)
+
+    @cached_property
+    def _cached_metadata(self) -> gv.Metadata:
         out: gv.Metadata = {
             "general.architecture": gv.string(self.family.arch),
             "general.type": gv.string("model"),
@@ -425,7 +400,7 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = [GgufFile(p) for p in _split_parts(path)]
+        self.files = [GgufFile(p) for p in split_files(path)]
         self._metadata = self.files[0].metadata
         values = gv.plain(self._metadata)
         if "general.architecture" not in values:
@@ -438,6 +413,8 @@ class GgufCheckpoint(Checkpoint):
             )
         self.family = family_of_gguf(values["general.architecture"])
         self.config = self.family.config(values)
+        check_config(self.config, self.family, path.name)
+        self._require_tokenizer(values)
         self._file_of = {name: file for file in self.files for name in file.entries}
         self.tensors = {
             name: TensorInfo(name, entry.shape, entry.format.name if entry.format else type_name(entry.gguf_id))
@@ -447,7 +424,14 @@ class GgufCheckpoint(Checkpoint):
         self.config["tie_word_embeddings"] = self.tied
         biased = "blk.0.attn_q.bias" in self.tensors  # GGUF has no key for biases: the tensors tell
         self.config.update(attention_bias=biased, qkv_bias=biased, mlp_bias="blk.0.ffn_down.bias" in self.tensors)
-        self._check_shapes()
+        self._check()
+
+    def _require_tokenizer(self, values: dict[str, Any]) -> None:
+        needed = ["tokenizer.ggml.model", "tokenizer.ggml.tokens"]
+        needed += ["tokenizer.ggml.merges"] if values.get("tokenizer.ggml.model") == "gpt2" else []
+        for key in needed:
+            if key not in values:
+                raise CheckpointError(f"{self.path.name} has no {key}", hint="convert the model again, with its tokenizer")
 
     @property
     def weight_files(self) -> list[Path]:
@@ -471,7 +455,7 @@ class GgufCheckpoint(Checkpoint):
         return {key: value for key, value in self._metadata.items() if not key.startswith(dropped)}
 
 
-def _split_parts(path: Path) -> list[Path]:
+def split_files(path: Path) -> list[Path]:
     """All parts of a file split with llama.cpp's naming, or the file alone."""
     import re
 

@@ -7,18 +7,20 @@ keys follow llama.cpp (gguf-py/gguf/constants.py, TokenType; src/llama-vocab.cpp
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint.files import read_json
 from quantkit.checkpoint.pretokenizer import identify
 from quantkit.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PAD_SCORE = -1000.0
+# Tokens that llama.cpp's converter takes for control tokens by their spelling.
+LOOKS_SPECIAL = r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]"
 SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token", "mask": "mask_token"}  # fmt: skip  # noqa: E501
 
 
@@ -32,13 +34,7 @@ class Vocabulary:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error})", hint="download the file again") from None
-    return found if isinstance(found, dict) else {}
+    return read_json(path) if path.exists() else {}
 
 
 def tokenizer_metadata(folder: Path, config: dict[str, Any], pre_tokenizer: str | None = None) -> gv.Metadata:
@@ -57,8 +53,12 @@ def tokenizer_metadata(folder: Path, config: dict[str, Any], pre_tokenizer: str 
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor tokenizer.model", hint="download the tokenizer's files too"
         )
-    elif fast.get("model", {}).get("type") != "BPE":
-        kind = fast.get("model", {}).get("type")
+    elif (
+        not isinstance(fast.get("model"), dict) or not isinstance(fast["model"].get("vocab"), dict) or not fast["model"]["vocab"]
+    ):
+        raise CheckpointError("tokenizer.json has no vocabulary", hint="download the file again")
+    elif fast["model"].get("type") != "BPE":
+        kind = fast["model"].get("type")
         raise CheckpointError(f"tokenizer.json holds a {kind} model", hint="quantkit writes BPE and SentencePiece vocabularies")
     elif fast["model"].get("byte_fallback"):
         vocabulary = _byte_fallback(fast, size)
@@ -95,7 +95,7 @@ def _byte_level(fast: dict[str, Any], size: int) -> Vocabulary:
     types = dict.fromkeys(by_id, NORMAL)
     for added in fast.get("added_tokens", ()):
         by_id[added["id"]] = added["content"]
-        special = added.get("special") or re.fullmatch(r"<\|.*\|>|<unused.*>|<pad>|<mask>", added["content"])
+        special = added.get("special") or re.fullmatch(LOOKS_SPECIAL, added["content"])
         types[added["id"]] = CONTROL if special else USER_DEFINED
     if max(by_id) >= size:
         raise CheckpointError(
@@ -170,8 +170,8 @@ def _sentencepiece_keys(out: gv.Metadata, vocabulary: Vocabulary, settings: dict
     out["tokenizer.ggml.tokens"] = gv.array(gv.STRING, vocabulary.tokens)
     out["tokenizer.ggml.scores"] = gv.array(gv.F32, vocabulary.scores)
     out["tokenizer.ggml.token_type"] = gv.array(gv.I32, vocabulary.types)
-    if "add_prefix_space" in settings:
-        out["tokenizer.ggml.add_space_prefix"] = gv.boolean(bool(settings["add_prefix_space"]))
+    if isinstance(settings.get("add_prefix_space"), bool):
+        out["tokenizer.ggml.add_space_prefix"] = gv.boolean(settings["add_prefix_space"])
 
 
 def _special_keys(
@@ -213,7 +213,10 @@ def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     """The default chat template: chat_template.jinja first, then tokenizer_config.json."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{path} is not UTF-8 text", hint="download the file again") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # named templates
         by_name = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

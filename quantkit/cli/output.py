@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -33,6 +34,15 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(1) from None
         except OSError as error:
             click.echo(f"error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
+            raise SystemExit(1) from None
+        except MemoryError:
+            click.echo("error: out of memory; close other programs, or use --no-probes and fewer --tokens", err=True)
+            raise SystemExit(1) from None
+        except Exception as error:
+            if os.environ.get("QUANTKIT_DEBUG"):
+                raise
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            click.echo(f"error: internal: {line}; please report it with the output of QUANTKIT_DEBUG=1", err=True)
             raise SystemExit(1) from None
         finally:
             stop_all()

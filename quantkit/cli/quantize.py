@@ -22,6 +22,7 @@ MIX is the short form that users of llama-quantize type: quantkit quantize MODEL
 @click.argument("mix", required=False)
 @click.option("--plan", help="dynamic (default), standard:Q4_K_M, uniform:Q6_K or a plan.json.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file (default: a name by llama.cpp's convention).")
+@click.option("--split-max-size", help="Write parts of at most this size (2GiB), named as llama.cpp names them.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics.")
 @budget
@@ -33,6 +34,7 @@ def command(
     mix: str | None,
     plan: str | None,
     output: Path | None,
+    split_max_size: str | None,
     force: bool,
     no_imatrix: bool,
     as_json: bool,
@@ -41,13 +43,14 @@ def command(
     """Quantize and print what was written."""
     from quantkit.api import quantize
     from quantkit.errors import PlanError
+    from quantkit.planning.budget import parse_size
 
     if mix and plan:
         raise PlanError(f"both {mix} and --plan {plan} name a plan", hint="give one of them")
     options = make_options(values)
     path, manifest = quantize(
         model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], use_importance=not no_imatrix,
-        force=force, options=options,
+        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, options=options,
     )  # fmt: skip
     stop_all()
     if as_json:

@@ -31,12 +31,13 @@ class Encoder:
         *,
         threads: int | None = None,
         name: str = "tensor",
+        at: tuple[int, ...] = (0,),
     ) -> npt.NDArray[np.uint8]:
         """Encode a matrix row by row.
 
         weight: float32 (rows, columns). importance: float32 (columns,), the mean square of each input
         channel (an imatrix row), or None for the format's unweighted search. Returns uint8
-        (rows, bytes per row). ``name`` is used in error messages.
+        (rows, bytes per row). ``name`` and ``at``, the index of the first row, are used in error messages.
 
         Raises FormatError if the format is not served, the row does not fit or a weight is not finite;
         CalibrationError if the importance has another length or is not finite.
@@ -44,14 +45,18 @@ class Encoder:
         raise NotImplementedError
 
 
-def check_finite(x: npt.NDArray[np.float32], name: str) -> None:
-    """Refuse NaN and infinity, naming the first index. One would poison its whole block."""
+def check_finite(x: npt.NDArray[np.float32], name: str, at: tuple[int, ...] = (0,)) -> None:
+    """Refuse NaN and infinity, naming the first index. One would poison its whole block.
+
+    at: index of the first row of x within the tensor, as (row,) or (expert, row).
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(x.sum()):  # NaN and infinity survive a sum; an overflow only costs a closer look
             return
     bad = np.argwhere(~np.isfinite(x))
     if len(bad):
-        where = ", ".join(str(int(i)) for i in bad[0])
+        row, column = (int(i) for i in bad[0])
+        where = ", ".join(map(str, [*at[:-1], at[-1] + row, column]))
         raise FormatError(
             f"{name}[{where}] is {x[tuple(bad[0])]} ({len(bad)} weights are not finite)",
             hint="the checkpoint is damaged or overflowed; download it again or repair the tensor",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,26 +51,42 @@ def _encode_float(x: npt.NDArray[np.float32], fmt: type[Format]) -> npt.NDArray[
     return packed.view(np.uint8).reshape(len(x), -1)
 
 
+def _refuse_overflow(halves: npt.NDArray[Any], x: npt.NDArray[np.float32], fmt: type[Format], name: str) -> None:
+    """Raise FormatError if a half-precision number overflowed: the block would decode to infinity."""
+    if not np.isfinite(halves).all():
+        raise FormatError(
+            f"{name} has weights up to {np.abs(x).max():.3g}, too large for {fmt.name}'s half precision",
+            hint="keep the tensor with --keep 'NAME=BF16'",
+        )
+
+
 class GgmlEncoder(Encoder):
     """ggml's search for the legacy formats, the K-quants and the float formats."""
 
     method = "ggml"
     serves = frozenset(_KQUANTS + _LEGACY + _FLOATS)
 
-    def encode(self, weight, importance, fmt, *, threads=None, name="tensor"):
+    def encode(self, weight, importance, fmt, *, threads=None, name="tensor", at=(0,)):
         if fmt.name not in self.serves:
             raise FormatError(
                 f"{name}: method ggml does not write {fmt.name}", hint="`quantkit formats` lists what can be written"
             )
         x = np.ascontiguousarray(weight, dtype=np.float32)
-        check_finite(x, name)
+        check_finite(x, name, at)
         row_bytes = fmt.row_bytes(x.shape[1])
         if not fmt.is_quantized():
-            return _encode_float(x, fmt)
+            packed = _encode_float(x, fmt)
+            if fmt.name == "F16":
+                _refuse_overflow(packed.view("<f2"), x, fmt, name)
+            return packed
         qw = check_importance(importance, x.shape[1], name)
         weighted = qw is not None
         loop = _loop(fmt.name)
         out = np.empty((x.shape[0], row_bytes), np.uint8)
         dummy = np.zeros(1, np.float32) if qw is None else qw
         map_rows(lambda rows: loop(x[rows], dummy, weighted, out[rows]), x.shape[0], x.shape[1], threads)
+        blocks = out.view(fmt.layout)
+        for field in ("d", "dmin", "m"):
+            if field in (fmt.layout.names or ()):
+                _refuse_overflow(blocks[field], x, fmt, name)
         return out

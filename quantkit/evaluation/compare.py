@@ -59,20 +59,21 @@ class Report:
 
 
 def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, limit: int | None) -> npt.NDArray[np.int64]:
-    """All whole windows of the texts, int64 (n, window), at most ``limit`` tokens.
+    """All whole windows of the texts, int64 (n, window), at most ``limit`` tokens, shared by the texts.
 
     Raises CalibrationError if there is not one whole window.
     """
     encoder = TextEncoder(checkpoint)
     lead = [] if encoder.bos is None else [encoder.bos]
     body = window - len(lead)
+    share = max(1, limit // window // len(texts)) if limit else None
     rows = []
     for path in texts:
         ids = encoder.encode(read_text(path, encoder))
-        rows += [lead + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+        rows += [lead + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)][:share]
     if not rows:
         raise CalibrationError(f"the text has fewer than {window} tokens", hint="give a longer text with --text")
-    return np.array(rows[: max(1, limit // window)] if limit else rows, dtype=np.int64)
+    return np.array(rows, dtype=np.int64)
 
 
 def compare(

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint, require_readable
+from quantkit.encoders.base import check_finite
 from quantkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -86,11 +87,17 @@ def parameter_value(checkpoint: Checkpoint, parameter: str, read: ReadTensor) ->
     import torch
 
     names = tensor_names(checkpoint, parameter)
-    arrays = [_restore_rows(checkpoint, name, read(name)) for name in names]
+    arrays = [_restore_rows(checkpoint, name, _finite(name, read(name))) for name in names]
     value = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
     if parameter.endswith("shared_expert_gate.weight"):
         value = value.reshape(1, -1)
     return torch.from_numpy(np.ascontiguousarray(value))
+
+
+def _finite(name: str, value: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    rows = value.reshape(-1, value.shape[-1])
+    check_finite(rows, name)
+    return value
 
 
 def set_parameter(module: Any, name: str, value: torch.Tensor) -> None:

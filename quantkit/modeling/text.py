@@ -16,7 +16,9 @@ class TextEncoder:
         from tokenizers import Tokenizer
 
         metadata = gv.plain(checkpoint.metadata())
-        self.bos = metadata.get("tokenizer.ggml.bos_token_id") if metadata.get("tokenizer.ggml.add_bos_token") else None
+        kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "tekken"))
+        self.bos = metadata.get("tokenizer.ggml.bos_token_id") if add_bos else None
         self.chat_template: str | None = metadata.get("tokenizer.chat_template")
         tokens = metadata["tokenizer.ggml.tokens"]
         self._special = {
@@ -26,6 +28,8 @@ class TextEncoder:
         }
         if isinstance(checkpoint, HfCheckpoint) and (checkpoint.path / "tokenizer.json").exists():
             self._tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         elif metadata.get("tokenizer.ggml.model") == "gpt2":
             self._tokenizer = _byte_level(metadata)
         elif metadata.get("tokenizer.ggml.model") == "llama":
@@ -110,6 +114,6 @@ def _sentencepiece(metadata: dict[str, Any]) -> Any:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_tokens(
-        [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind == 3]
+        [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=True) if kind in (3, 4)]
     )
     return tokenizer

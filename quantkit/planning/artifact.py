@@ -56,6 +56,13 @@ def output_metadata(
     return out
 
 
+def stock_bytes(checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None) -> int:
+    """Size of the same tensors as llama-quantize would write them, without quantkit's own metadata."""
+    metadata = output_metadata(checkpoint, plan, stats)
+    plain = {key: value for key, value in metadata.items() if not key.startswith("quantkit.")}
+    return file_bytes(plain, tensor_specs(checkpoint, plan))
+
+
 def planned_bytes(checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None) -> int:
     """Exact size of the file that ``plan`` becomes."""
     return file_bytes(output_metadata(checkpoint, plan, stats), tensor_specs(checkpoint, plan))

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.gguf_writer import header_bytes
+from quantkit.checkpoint.source import split_files
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError
-from quantkit.planning.artifact import output_metadata, tensor_specs
+from quantkit.planning.artifact import output_metadata, stock_bytes, tensor_specs
 from quantkit.planning.memory import Run, overhead
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 
@@ -62,9 +63,9 @@ def budget_bytes(request: Request, checkpoint: Checkpoint, stats: ActivationStat
         return _fit(request.fit, request.run, checkpoint)
     like = request.like or "Q4_K_M"
     if like.upper() in BASE or like.upper() in ALIASES:
-        return standard_plan(checkpoint, like, stats).file_bytes, {"like": like}
-    path = Path(like)
-    return path.stat().st_size, {"like": path.name, "file_bytes": path.stat().st_size}
+        return stock_bytes(checkpoint, standard_plan(checkpoint, like, stats), stats), {"like": like}
+    size = sum(part.stat().st_size for part in split_files(Path(like)))
+    return size, {"like": Path(like).name, "file_bytes": size}
 
 
 def _header(checkpoint: Checkpoint, stats: ActivationStats | None) -> int:

@@ -20,6 +20,7 @@ from quantkit.errors import PlanError
 from quantkit.formats import get_format
 
 ALIGN = 32
+BATCH = 2048  # llama.cpp's default n_batch, which bounds the micro-batch
 KV_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 
 
@@ -392,6 +393,6 @@ def peak_bytes(graph: Graph) -> int:
 
 def compute_bytes(shape: Shape, run: Run) -> int:
     """Compute buffer: the larger of the prompt graph and the one-token graph."""
-    tokens = min(run.cells, run.context, run.micro_batch)
+    tokens = min(run.cells, run.context, run.micro_batch, BATCH)
     graphs: list[Any] = [_Builder(shape, run, tokens, tokens), _Builder(shape, run, 1, 1)]
     return max(peak_bytes(builder.build()) for builder in graphs)

@@ -41,6 +41,7 @@ class Plan:
     budget: dict[str, Any] = field(default_factory=dict)
     predicted_kld: float | None = None
     use_importance: bool = True
+    uncovered_as_ones: bool = False  # experts without statistics: weigh with ones, as llama-quantize does
     constraints: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
@@ -69,9 +70,22 @@ class Plan:
             for name, entry in raw.items():
                 entry = {"format": entry} if isinstance(entry, str) else entry
                 tensors[name] = Assignment(**entry)
-            return Plan(tensors=tensors, **data)
+            plan = Plan(tensors=tensors, **data)
+            plan._check_types()
+            return plan
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"{path} misses or misnames a field ({error})", hint=hint) from None
+
+    def _check_types(self) -> None:
+        """Raise TypeError for a field of the wrong kind; the label and name become part of a file name."""
+        for value in (self.name, self.label, self.identity):
+            if not isinstance(value, str) or "/" in value or value.startswith("."):
+                raise TypeError(f"{value!r} is not a plain name")
+        for tensor, entry in self.tensors.items():
+            if not all(isinstance(part, str) for part in (entry.format, entry.method, entry.reason)):
+                raise TypeError(f"{tensor}: format, method and reason are words")
+        if not isinstance(self.use_importance, bool) or not isinstance(self.predicted_kld, float | int | None):
+            raise TypeError("use_importance is true or false, predicted_kld a number or null")
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise PlanError unless every tensor has a known format that its rows fit, and the model is the same."""

@@ -62,9 +62,13 @@ def solve_knapsack(groups: list[list[Choice]], budget: int) -> list[Choice]:
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": 1e-6, "time_limit": 60},
         )
-    if result.x is None:
+    if result.x is None or result.status not in (0, 1):
         raise PlanError(f"no plan found within {budget:,} bytes ({result.message})")
     chosen = [choice for x, (_, choice) in zip(result.x, flat, strict=True) if x > 0.5]
+    while sum(c.nbytes for c in chosen) > budget:  # never trust a tolerance: take back the cheapest step
+        steps = [(down.cost - now.cost, g, down) for g, now in enumerate(chosen) for down in kept[g] if down.nbytes < now.nbytes]
+        _, g, down = min(steps, key=lambda step: step[0])
+        chosen[g] = down
     return _spend_rest(kept, chosen, budget)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantkit.checkpoint import Checkpoint, TensorInfo
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
 from quantkit.checkpoint.roles import Role
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError
@@ -61,7 +61,8 @@ def standard_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | No
         n_layers=checkpoint.n_layers,
         n_experts=int(config.get("num_experts") or 0),
         gqa=heads // kv,
-        is_70b=checkpoint.family.arch == "llama" and checkpoint.n_layers == 80 and heads != kv,
+        is_70b=checkpoint.n_layers == 80
+        and (checkpoint.family.arch == "qwen2" or (checkpoint.family.arch == "llama" and heads != kv)),
         has_imatrix=stats is not None and use_importance,
         n_attention_v=sum(t.role is Role.ATTN_V for t in checkpoint.tensors.values()),
     )
@@ -69,7 +70,7 @@ def standard_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | No
     for info in sorted(checkpoint.tensors.values(), key=_walk_order):
         formats[info.name] = _choose(state, checkpoint, info)
     tensors = {t: Assignment(formats[t][0], "ggml", formats[t][1]) for t in checkpoint.tensors}
-    plan = Plan(f"standard-{mix}", mix, checkpoint.identity, tensors, use_importance=use_importance)
+    plan = Plan(f"standard-{mix}", mix, checkpoint.identity, tensors, use_importance=use_importance, uncovered_as_ones=True)
     plan.bpw = bits_per_weight(checkpoint, plan)
     plan.file_bytes = planned_bytes(checkpoint, plan, stats)
     return plan
@@ -93,6 +94,11 @@ def uniform_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | Non
     return plan
 
 
+def unquantized_format(info: TensorInfo, checkpoint: Checkpoint) -> str:
+    """llama-quantize copies what it does not quantize; from a Hugging Face folder that is F32."""
+    return info.dtype if isinstance(checkpoint, GgufCheckpoint) else "F32"
+
+
 def fallback(name: str, columns: int) -> str:
     """``name``, or what llama.cpp takes when rows are not a multiple of its block."""
     if get_format(name).fits(columns):
@@ -108,7 +114,7 @@ def _walk_order(info: TensorInfo) -> tuple[int, str]:
 
 def _choose(state: _State, checkpoint: Checkpoint, info: TensorInfo) -> tuple[str, str]:
     if not info.quantizable:
-        return "F32", "never quantized by llama.cpp"
+        return unquantized_format(info, checkpoint), "never quantized by llama.cpp"
     name, reason = BASE[state.mix], f"{state.mix}'s base type"
     picked = _head(state, checkpoint, info) if info.role in (Role.HEAD, Role.EMBEDDING) else _layer(state, info)
     if picked is not None and picked != name:

@@ -49,7 +49,10 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("quantkit_manifest") != VERSION:
                 raise ValueError("another version")
-            return Manifest(**data)
+            found = Manifest(**data)
+            if not all(isinstance(entry["sha256"], str) for entry in found.tensors.values()):
+                raise ValueError("a tensor without its hash")
+            return found
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{path} is not a manifest ({error})", hint="delete it to check the file by itself") from None
 

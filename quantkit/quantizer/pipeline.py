@@ -1,36 +1,88 @@
 """Doing it: stream a checkpoint through the encoders into a finished GGUF.
 
-Memory stays bounded by a few row slices, whatever the model's size. A tensor that an earlier run of the
-same model, format, method and statistics has encoded is taken from the cache in the work directory.
+Memory stays bounded by the slices in flight, whatever the model's size and however many threads work. A
+tensor that an earlier run of the same model, format, method and statistics has encoded is taken from the
+cache in the work directory, so an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
-from quantkit.checkpoint.files import PositionedFile, atomic_file, refuse_existing, write_text
-from quantkit.checkpoint.gguf_writer import GgufWriter, header_bytes, write_gguf
+from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint.files import refuse_existing, write_text
+from quantkit.checkpoint.gguf_writer import GgufWriter, TensorSpec, file_bytes, header_bytes, write_gguf
 from quantkit.encoders import get_encoder
 from quantkit.encoders.base import default_threads
 from quantkit.encoders.stats import ActivationStats
-from quantkit.errors import OutputError
+from quantkit.errors import OutputError, PlanError
 from quantkit.formats import get_format
-from quantkit.planning.artifact import HASH_BYTES, bits_per_weight, output_metadata, tensor_specs
-from quantkit.planning.plan import Assignment, Plan
+from quantkit.planning.artifact import HASH_BYTES, HASHES, bits_per_weight, output_metadata, tensor_specs
+from quantkit.planning.plan import Plan
 from quantkit.progress import Progress
 from quantkit.quantizer.manifest import Manifest, manifest_path
+from quantkit.quantizer.stream import in_order
+from quantkit.quantizer.tensor_cache import TensorCache
 
-SLICE_WEIGHTS = 1 << 22  # weights in one slice: 16 MiB of float32
-AHEAD = 4  # slices that may be read and encoded ahead of the writer, per thread
+SLICE_WEIGHTS = 1 << 22  # weights in one slice at most: 16 MiB of float32
+IN_FLIGHT_BYTES = 1 << 29  # memory of all slices that are being read, encoded or wait for the writer
+BYTES_PER_WEIGHT = 16  # of one slice in flight: stored bits, float32, checks, packed bytes
+
+Packed = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one run works with."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    stats: ActivationStats | None
+    cache: TensorCache | None
+    threads: int
+
+    def encode(self, info: TensorInfo, expert: int, start: int, stop: int) -> Packed:
+        """Read and encode rows start…stop (counted over all experts) of one tensor."""
+        entry = self.plan.tensors[info.name]
+        rows = self.checkpoint.read_rows(info.name, start, stop)
+        importance = None
+        if self.stats is not None and info.name in self.stats.tensors:
+            importance = self.stats.importance(info.name, expert)
+            if importance is None and self.plan.uncovered_as_ones:
+                importance = np.ones(info.columns, np.float32)
+        first = start - expert * (info.rows // info.experts)
+        at = (expert, first) if info.experts > 1 else (first,)
+        fmt = get_format(entry.format)
+        return get_encoder(entry.method).encode(rows, importance, fmt, threads=1, name=info.name, at=at)
+
+    def slices(self, info: TensorInfo) -> Iterator[tuple[int, int, int]]:
+        """(expert, first row, end row) in order; small enough that every thread has work."""
+        per_expert = info.rows // info.experts
+        limit = min(SLICE_WEIGHTS, IN_FLIGHT_BYTES // (BYTES_PER_WEIGHT * (2 * self.threads + 2)))
+        step = max(1, min(limit, max(1 << 18, info.size // (4 * self.threads))) // info.columns)
+        for expert in range(info.experts):
+            for row in range(0, per_expert, step):
+                yield expert, expert * per_expert + row, expert * per_expert + min(row + step, per_expert)
+
+    def work(self, info: TensorInfo) -> Iterator[Callable[[], Packed]]:
+        """The pieces of one tensor as calls, in order: from the cache, or to be encoded."""
+        entry = self.plan.tensors[info.name]
+        if self.cache is not None and get_format(entry.format).is_quantized():
+            known = self.cache.find(self.checkpoint, info, entry, self.stats)
+            if known is not None:
+                yield from known
+                return
+        for expert, start, stop in self.slices(info):
+            yield lambda e=expert, a=start, b=stop: self.encode(info, e, a, b)  # type: ignore[misc]
 
 
 def run(
@@ -42,83 +94,162 @@ def run(
     cache: Path | None = None,
     force: bool = False,
     threads: int | None = None,
+    split_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write ``plan`` as a GGUF file with its manifest.
+    """Write ``plan`` as a GGUF file with its manifest; returns the manifest (of the first part).
 
     stats: activation statistics for the encoders (used if the plan says so). cache: folder of encoded
-    tensors that are reused and added to. Raises PlanError if the plan does not fit the model, OutputError
-    if the output exists, equals the input or cannot be written; nothing is left under the final name then.
+    tensors that are reused and added to. split_bytes: write parts of about this size, named as llama.cpp
+    names them, instead of one file. Raises PlanError if the plan does not fit the model, OutputError if the
+    output exists, equals the input or cannot be written; nothing is left under the final name then.
     """
-    started = time.perf_counter()
-    progress = progress or Progress()
     plan.check(checkpoint)
-    _check_paths(checkpoint, out, force)
     if isinstance(checkpoint, GgufCheckpoint):
         checkpoint.require_unquantized()
-    specs = tensor_specs(checkpoint, plan)
-    base = checkpoint.metadata()
-    metadata = output_metadata(checkpoint, plan, stats, base=base)
-    task = progress.task("quantize", total=checkpoint.n_weights, unit="weights")
-    hashes: dict[str, str] = {}
-    whole = hashlib.sha256()
-    with write_gguf(out, metadata, specs) as writer:
-        with ThreadPoolExecutor(threads or default_threads()) as pool:
-            for spec in specs:
-                info, entry = checkpoint.info(spec.name), plan.tensors[spec.name]
-                source = _encoded(checkpoint, info, entry, stats if plan.use_importance else None, cache, pool, threads)
-                hashes[spec.name] = _write(writer, spec.name, source)
-                task.advance(info.size)
-        metadata = output_metadata(checkpoint, plan, stats, _packed_hashes(hashes), base=base)
-        writer.replace_metadata(metadata)
-        header = header_bytes(metadata, specs)
-        _hash_file(writer, whole)
+    used = stats if plan.use_importance else None
+    job = Job(checkpoint, plan, used, TensorCache(cache) if cache else None, threads or default_threads())
+    parts = split_parts(job, stats, split_bytes)
+    paths = part_names(out, len(parts))
+    for path in paths:
+        check_output(checkpoint, path, force)
+    task = (progress or Progress()).task("quantize", total=checkpoint.n_weights, unit="weights")
+    written: list[Path] = []
+    manifests = []
+    try:
+        for number, (path, specs) in enumerate(zip(paths, parts, strict=True)):
+            metadata = part_metadata(output_metadata(checkpoint, plan, stats), number, parts)
+            manifests.append(_write_file(job, path, specs, metadata, task.advance))
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+            manifest_path(path).unlink(missing_ok=True)
+        raise
     task.done()
+    return manifests[0]
+
+
+def check_output(checkpoint: Checkpoint, out: Path, force: bool) -> None:
+    """Raise OutputError if ``out`` belongs to the input, or exists and must not be replaced."""
+    source = checkpoint.path.resolve()
+    ours = {path.resolve() for path in checkpoint.weight_files}
+    target = out.resolve()
+    if target in ours or (source.is_dir() and target.parent == source and target.exists()):
+        raise OutputError(f"{out} is the input itself or lies in its folder", hint="choose another output with -o")
+    if target.is_dir():
+        raise OutputError(f"{out} is a folder", hint="give a file name with -o")
+    refuse_existing(out, force)
+
+
+def part_names(out: Path, count: int) -> list[Path]:
+    """``out``, or names by llama.cpp's convention for split files."""
+    if count == 1:
+        return [out]
+    return [out.with_name(f"{out.name.removesuffix('.gguf')}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+
+def split_parts(job: Job, stats: ActivationStats | None, split_bytes: int | None) -> list[list[TensorSpec]]:
+    """Tensors of each part: one part, or as many as keep each under ``split_bytes``."""
+    specs = tensor_specs(job.checkpoint, job.plan)
+    if split_bytes is None:
+        return [specs]
+    metadata = output_metadata(job.checkpoint, job.plan, stats)
+    header = file_bytes(metadata, specs) - sum(spec.nbytes for spec in specs)
+    if header + max(spec.nbytes for spec in specs) > split_bytes:
+        raise PlanError(
+            f"parts of {split_bytes:,} bytes are smaller than the largest tensor with the header", hint="allow larger parts"
+        )
+    parts: list[list[TensorSpec]] = [[]]
+    size = header
+    for spec in specs:
+        if parts[-1] and size + spec.nbytes > split_bytes:
+            parts.append([])
+            size = header
+        parts[-1].append(spec)
+        size += spec.nbytes
+    return parts
+
+
+def part_metadata(metadata: gv.Metadata, number: int, parts: list[list[TensorSpec]]) -> gv.Metadata:
+    """Metadata of one part: the first carries everything, the others what says that they belong to it."""
+    if len(parts) == 1:
+        return metadata
+    out = metadata if number == 0 else {key: metadata[key] for key in ("general.architecture", HASHES)}
+    return {
+        **out,
+        HASHES: gv.array(gv.U8, list(bytes(HASH_BYTES * len(parts[number])))),
+        "split.no": gv.Value(gv.U16, number),
+        "split.count": gv.Value(gv.U16, len(parts)),
+        "split.tensors.count": gv.Value(gv.I32, sum(map(len, parts))),
+    }
+
+
+def _write_file(
+    job: Job, path: Path, specs: list[TensorSpec], metadata: gv.Metadata, advance: Callable[[float], None]
+) -> Manifest:
+    """One file and its manifest."""
+    started = time.perf_counter()
+    with write_gguf(path, metadata, specs) as writer:
+        hashes = _write_tensors(job, writer, specs, advance)
+        packed = b"".join(bytes.fromhex(digest)[:HASH_BYTES] for digest in hashes.values())
+        metadata = {**metadata, HASHES: gv.array(gv.U8, list(packed))}
+        writer.replace_metadata(metadata)
+        file_digest = _hash_file(writer)
+        manifest_path(path).unlink(missing_ok=True)  # of a file that is about to be replaced
+    plan, checkpoint = job.plan, job.checkpoint
     manifest = Manifest(
-        file=out.name,
-        file_bytes=out.stat().st_size,
-        file_sha256=whole.hexdigest(),
-        header_sha256=hashlib.sha256(header).hexdigest(),
+        file=path.name,
+        file_bytes=path.stat().st_size,
+        file_sha256=file_digest,
+        header_sha256=hashlib.sha256(header_bytes(metadata, specs)).hexdigest(),
         bpw=bits_per_weight(checkpoint, plan),
-        source={"name": checkpoint.path.name, "architecture": checkpoint.family.arch, "identity": checkpoint.identity},
+        source={"name": checkpoint.path.resolve().name, "architecture": checkpoint.family.arch, "identity": checkpoint.identity},
         plan={"name": plan.name, "label": plan.label, "budget": plan.budget, "predicted_kld": plan.predicted_kld},
         tensors={
             spec.name: {"format": spec.format.name, "method": plan.tensors[spec.name].method, "bytes": spec.nbytes,
                         "sha256": hashes[spec.name], "reason": plan.tensors[spec.name].reason}
             for spec in specs
         },
-        importance=", ".join(stats.datasets) or "imatrix" if stats is not None and plan.use_importance else None,
+        importance=(", ".join(job.stats.datasets) or "imatrix") if job.stats is not None else None,
         versions=_versions(),
         seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
-    write_text(manifest_path(out), manifest.to_json())
+    write_text(manifest_path(path), manifest.to_json())
     return manifest
 
 
-def _check_paths(checkpoint: Checkpoint, out: Path, force: bool) -> None:
-    if out.exists() and any(out.samefile(path) for path in checkpoint.weight_files):
-        raise OutputError(f"{out} is the input itself", hint="choose another output with -o")
-    refuse_existing(out, force)
+def _write_tensors(job: Job, writer: GgufWriter, specs: list[TensorSpec], advance: Callable[[float], None]) -> dict[str, str]:
+    """Encode ahead on all threads across tensors, write in order; returns SHA-256 by tensor."""
+    infos = {spec.name: job.checkpoint.info(spec.name) for spec in specs}
+    digests = {name: hashlib.sha256() for name in infos}
+    left = {spec.name: spec.nbytes for spec in specs}
+
+    def calls() -> Iterator[tuple[str, Callable[[], Packed]]]:
+        for name, info in infos.items():
+            for call in job.work(info):
+                yield name, call
+
+    with ThreadPoolExecutor(job.threads) as pool:
+        for name, piece in in_order(pool, calls(), ahead=2 * job.threads + 2):
+            digests[name].update(piece.reshape(-1).data)
+            writer.write(name, piece)
+            left[name] -= piece.nbytes
+            if job.cache is not None and get_format(job.plan.tensors[name].format).is_quantized():
+                job.cache.add(name, piece, complete=left[name] == 0)
+            if left[name] == 0:
+                advance(infos[name].size)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _write(writer: GgufWriter, name: str, pieces: Iterator[npt.NDArray[np.uint8]]) -> str:
+def _hash_file(writer: GgufWriter) -> str:
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece.reshape(-1).data)
-        writer.write(name, piece)
-    return digest.hexdigest()
-
-
-def _packed_hashes(hashes: dict[str, str]) -> bytes:
-    return b"".join(bytes.fromhex(digest)[:HASH_BYTES] for digest in hashes.values())
-
-
-def _hash_file(writer: GgufWriter, digest: hashlib._Hash) -> None:
     handle = writer.handle
     handle.flush()
     handle.seek(0)
     while part := handle.read(1 << 22):
         digest.update(part)
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -131,71 +262,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return out
-
-
-def cache_key(checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None) -> str:
-    """Name of an encoded tensor in the cache: everything its bytes depend on."""
-    encoder = get_encoder(entry.method)
-    digest = hashlib.sha256(
-        f"{checkpoint.identity} {checkpoint.stamp} {info.name} {entry.format} {entry.method} {encoder.version}".encode()
-    )
-    known = stats.tensors.get(info.name) if stats else None
-    if known is not None:
-        digest.update(known.sum_squares.tobytes() + known.counts.tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _encoded(
-    checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None,
-    cache: Path | None, pool: ThreadPoolExecutor, threads: int | None,
-) -> Iterator[npt.NDArray[np.uint8]]:  # fmt: skip
-    """Packed slices of one tensor in order, from the cache or freshly encoded (and then cached)."""
-    fmt = get_format(entry.format)
-    if cache is None or not fmt.is_quantized():
-        yield from _encode_slices(checkpoint, info, entry, stats, pool, threads)
-        return
-    path = cache / f"{cache_key(checkpoint, info, entry, stats)}.bin"
-    total = fmt.row_bytes(info.columns) * info.rows
-    if path.exists() and path.stat().st_size == total:
-        file = PositionedFile(path)
-        for start in range(0, total, SLICE_WEIGHTS):
-            yield np.frombuffer(file.read(start, min(SLICE_WEIGHTS, total - start)), np.uint8)
-        file.close()
-        return
-    cache.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as handle:
-        for piece in _encode_slices(checkpoint, info, entry, stats, pool, threads):
-            handle.write(piece.reshape(-1).data)
-            yield piece
-
-
-def _encode_slices(
-    checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None,
-    pool: ThreadPoolExecutor, threads: int | None,
-) -> Iterator[npt.NDArray[np.uint8]]:  # fmt: skip
-    """Encode slices on all threads, a bounded number ahead of the consumer."""
-    fmt, encoder = get_format(entry.format), get_encoder(entry.method)
-    ahead = AHEAD * (threads or default_threads())
-    pending: deque[Future[npt.NDArray[np.uint8]]] = deque()
-
-    def work(expert: int, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        rows = checkpoint.read_rows(info.name, start, stop)
-        importance = stats.importance(info.name, expert) if stats else None
-        return encoder.encode(rows, importance, fmt, threads=1, name=info.name)
-
-    for expert, start, stop in _slices(info, threads or default_threads()):
-        pending.append(pool.submit(work, expert, start, stop))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
-
-
-def _slices(info: TensorInfo, threads: int) -> Iterator[tuple[int, int, int]]:
-    """(expert, first row, end row) in order; small enough that every thread has work."""
-    per_expert = info.rows // info.experts
-    wanted = min(SLICE_WEIGHTS, max(1 << 18, info.size // (4 * threads)))
-    step = max(1, wanted // info.columns)
-    for expert in range(info.experts):
-        for row in range(0, per_expert, step):
-            yield expert, expert * per_expert + row, expert * per_expert + min(row + step, per_expert)
