@@ -72,9 +72,9 @@ class GgmlEncoder(Encoder):
                 f"{name}: method ggml does not write {fmt.name}", hint="`quantkit formats` lists what can be written"
             )
         x = np.ascontiguousarray(weight, dtype=np.float32)
-        check_finite(x, name, at)
         row_bytes = fmt.row_bytes(x.shape[1])
         if not fmt.is_quantized():
+            check_finite(x, name, at)
             packed = _encode_float(x, fmt)
             if fmt.name == "F16":
                 _refuse_overflow(packed.view("<f2"), x, fmt, name)
@@ -84,9 +84,14 @@ class GgmlEncoder(Encoder):
         loop = _loop(fmt.name)
         out = np.empty((x.shape[0], row_bytes), np.uint8)
         dummy = np.zeros(1, np.float32) if qw is None else qw
-        map_rows(lambda rows: loop(x[rows], dummy, weighted, out[rows]), x.shape[0], x.shape[1], threads)
-        blocks = out.view(fmt.layout)
-        for field in ("d", "dmin", "m"):
-            if field in (fmt.layout.names or ()):
-                _refuse_overflow(blocks[field], x, fmt, name)
+        halves = [field for field in ("d", "dmin", "m") if field in (fmt.layout.names or ())]
+
+        def work(rows: slice) -> None:  # checks run on a chunk that lies in the cache
+            check_finite(x[rows], name, (*at[:-1], at[-1] + rows.start))
+            loop(x[rows], dummy, weighted, out[rows])
+            blocks = out[rows].view(fmt.layout)
+            for field in halves:
+                _refuse_overflow(blocks[field], x[rows], fmt, name)
+
+        map_rows(work, x.shape[0], x.shape[1], threads)
         return out

@@ -245,12 +245,14 @@ def extremes(x, at, n):
 def first_peak(x, at, n):
     """The first of the entries of x[at:at+n] with the largest magnitude, 0 if all are zero."""
     low, high = extremes(x, at, n)
-    if high > -low:
-        return high
-    if high < -low:
-        return low
+    return first_of(x, at, n, high) if high == -low else max(high, -low) * (ONE if high > -low else -ONE)
+
+
+@njit(**OPTIONS)
+def first_of(x, at, n, size):
+    """The first of x[at:at+n] whose magnitude is ``size``, 0 if that is 0: decides a tie of signs."""
     for i in range(n):
-        if abs(x[at + i]) == high and high > ZERO:
+        if abs(x[at + i]) == size and size > ZERO:
             return x[at + i]
     return ZERO
 
