@@ -109,7 +109,9 @@ class SafetensorsFile:
         offset = entry.start + start * columns * raw.itemsize
         self.file.read_into(offset, raw.reshape(-1).view(np.uint8).data)
         if kind == "BF16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
+            bits = raw.astype(np.uint32)
+            bits <<= 16
+            return bits.view(np.float32)
         return raw.astype(np.float32, copy=False)
 
 

@@ -40,4 +40,6 @@ class BF16(Format):
 
     @classmethod
     def _decode_blocks(cls, blocks):
-        return (blocks["x"].astype(np.uint32) << 16).view(np.float32)
+        bits = blocks["x"].astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)

@@ -8,9 +8,10 @@ cache in the work directory, so an interrupted run goes on where it was.
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from quantkit.quantizer.tensor_cache import TensorCache
 
 SLICE_WEIGHTS = 1 << 22  # weights in one slice at most: 16 MiB of float32
 IN_FLIGHT_BYTES = 1 << 29  # memory of all slices that are being read, encoded or wait for the writer
+FLUSH_BYTES = 1 << 26  # written data that is sent to the disk while encoding goes on
 BYTES_PER_WEIGHT = 16  # of one slice in flight: stored bits, float32, checks, packed bytes
 
 Packed = npt.NDArray[np.uint8]
@@ -230,10 +232,19 @@ def _write_tensors(job: Job, writer: GgufWriter, specs: list[TensorSpec], advanc
             for call in job.work(info):
                 yield name, call
 
-    with ThreadPoolExecutor(job.threads) as pool:
+    with ThreadPoolExecutor(job.threads) as pool, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
+        hashing: Future[None] | None = None
+        flushing: Future[None] | None = None
+        unflushed = 0
         for name, piece in in_order(pool, calls(), ahead=2 * job.threads + 2):
-            digests[name].update(piece.reshape(-1).data)
+            if hashing is not None:
+                hashing.result()  # one piece behind the writer at most
+            hashing = hasher.submit(digests[name].update, piece.reshape(-1).data)
             writer.write(name, piece)
+            unflushed += piece.nbytes
+            if unflushed >= FLUSH_BYTES and (flushing is None or flushing.done()):
+                flushing = flusher.submit(os.fdatasync, writer.handle.fileno())  # so that the last fsync is short
+                unflushed = 0
             left[name] -= piece.nbytes
             if job.cache is not None and get_format(job.plan.tensors[name].format).is_quantized():
                 job.cache.add(name, piece, complete=left[name] == 0)
