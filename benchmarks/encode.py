@@ -61,7 +61,9 @@ def main() -> None:
                 def theirs(f=fmt, w=qw):
                     def work(p):
                         packed = oracle.encode(lib, f.gguf_id, f.row_bytes(COLUMNS), x[p], w)
-                        assert lib.ggml_validate_row_data(f.gguf_id, ctypes.c_void_p(packed.ctypes.data), ctypes.c_size_t(packed.nbytes))
+                        assert lib.ggml_validate_row_data(
+                            f.gguf_id, ctypes.c_void_p(packed.ctypes.data), ctypes.c_size_t(packed.nbytes)
+                        )
 
                     list(pool.map(work, parts))
 
@@ -72,7 +74,12 @@ def main() -> None:
                 rows.append(row)
                 print(f"{fmt.name:5} {'importance' if row['importance'] else 'plain':10} quantkit {row['quantkit_mweights_s']:8.1f} "
                       f"ggml {row['ggml_mweights_s']:8.1f} Mweights/s  ratio {row['ratio']:.2f}", flush=True)  # fmt: skip
-    path = write_results(f"encode-{threads}-threads", f"python benchmarks/encode.py --threads {threads}", rows, first_use_seconds=round(first_use, 2))
+    path = write_results(
+        f"encode-{threads}-threads",
+        f"python benchmarks/encode.py --threads {threads}",
+        rows,
+        first_use_seconds=round(first_use, 2),
+    )
     print(f"first use of all formats (compiling if the cache is empty): {first_use:.1f} s; written: {path}")
 
 

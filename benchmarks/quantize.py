@@ -57,10 +57,14 @@ def make_model() -> tuple[Path, Path]:
     stats = ActivationStats(datasets=("synthetic",), chunks=1)
     with write_gguf(model, metadata, specs) as writer:
         for spec in specs:
-            rows = np.atleast_2d(np.ones(spec.shape, np.float32) if len(spec.shape) == 1 else 0.02 * rng.standard_normal(spec.shape, np.float32))
+            rows = np.atleast_2d(
+                np.ones(spec.shape, np.float32) if len(spec.shape) == 1 else 0.02 * rng.standard_normal(spec.shape, np.float32)
+            )
             writer.write(spec.name, get_encoder("ggml").encode(rows, None, spec.format))
             if spec.name.startswith("blk.") and len(spec.shape) > 1:
-                stats.tensors[spec.name] = TensorStats(rng.gamma(0.5, 2.0, (1, spec.shape[1])).astype(np.float32), np.ones(1, np.float32))
+                stats.tensors[spec.name] = TensorStats(
+                    rng.gamma(0.5, 2.0, (1, spec.shape[1])).astype(np.float32), np.ones(1, np.float32)
+                )
     write_imatrix(imatrix, stats)
     return model, imatrix
 

@@ -17,7 +17,8 @@ def probe_formats(info: TensorInfo, formats: dict[str, FormatCost]) -> list[str]
     quantized = sorted((f for f in formats if get_format(f).is_quantized()), key=lambda f: get_format(f).bpw())
     if len(quantized) <= 3:
         return quantized
-    return [quantized[0], quantized[len(quantized) // 2 - 1], quantized[-2]]
+    middle = "Q4_K" if "Q4_K" in quantized else quantized[len(quantized) // 2 - 1]
+    return [quantized[0], middle, quantized[-2]]
 
 
 def error_of(cost: FormatCost) -> float:

@@ -22,7 +22,7 @@ from quantkit.formats import Format, get_format
 from quantkit.progress import Progress
 
 VERSION = 1
-OFFERED = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+OFFERED = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 OFFERED_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 SAMPLE_WEIGHTS = 1 << 23  # larger tensors are measured on a sample of their rows
 

@@ -18,6 +18,7 @@ from quantkit.errors import FormatError
 from quantkit.formats import Format
 
 _KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_IQUANTS = ("IQ3_S", "IQ4_XS")
 _LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -33,6 +34,8 @@ def _loop(name: str) -> Loop:
     announce(f"encode_{name.lower()}")
     if name in _KQUANTS:
         from quantkit.encoders import loops_kquants as module
+    elif name in _IQUANTS:
+        from quantkit.encoders import loops_iquants as module  # type: ignore[no-redef]
     else:
         from quantkit.encoders import loops_legacy as module  # type: ignore[no-redef]
     return getattr(module, f"encode_{name.lower()}")
@@ -64,7 +67,7 @@ class GgmlEncoder(Encoder):
     """ggml's search for the legacy formats, the K-quants and the float formats."""
 
     method = "ggml"
-    serves = frozenset(_KQUANTS + _LEGACY + _FLOATS)
+    serves = frozenset(_KQUANTS + _IQUANTS + _LEGACY + _FLOATS)
 
     def encode(self, weight, importance, fmt, *, threads=None, name="tensor", at=(0,)):
         if fmt.name not in self.serves:

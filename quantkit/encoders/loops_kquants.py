@@ -32,11 +32,12 @@ from quantkit.encoders.loops_scales import (
 from quantkit.formats.kquants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
 
 
-def _offsets(fmt):
-    return {name: offset for name, (_, offset) in fmt.layout.fields.items()}
+def field_offsets(fmt) -> dict[str, int]:
+    """Byte offset of every field of a format's block."""
+    return {name: field[1] for name, field in fmt.layout.fields.items()}
 
 
-Q2, Q3, Q4, Q5, Q6 = (_offsets(f) for f in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K))
+Q2, Q3, Q4, Q5, Q6 = (field_offsets(f) for f in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K))
 Q2_SCALES, Q2_QS, Q2_D, Q2_MIN, Q2_BYTES = Q2["scales"], Q2["qs"], Q2["d"], Q2["dmin"], Q2_K.block_bytes()
 Q3_HMASK, Q3_QS, Q3_SCALES, Q3_D, Q3_BYTES = Q3["hmask"], Q3["qs"], Q3["scales"], Q3["d"], Q3_K.block_bytes()
 Q4_D, Q4_MIN, Q4_SCALES, Q4_QS, Q4_BYTES = Q4["d"], Q4["dmin"], Q4["scales"], Q4["qs"], Q4_K.block_bytes()

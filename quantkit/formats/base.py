@@ -131,4 +131,4 @@ def format_by_gguf_id(gguf_id: int) -> type[Format] | None:
 
 def _load() -> None:
     """Import the modules whose classes fill the registry."""
-    from quantkit.formats import floats, kquants, legacy  # noqa: F401
+    from quantkit.formats import floats, iquants, kquants, legacy  # noqa: F401
