@@ -96,11 +96,11 @@ def judge(model: Path, stock: dict[str, Path], dynamic: dict[str, Path], plans: 
                     "dynamic_kld": b.divergence.mean_kld, "dynamic_kld_error": b.divergence.mean_kld_error, "ratio": ratio,
                     "limit": MIXES[mix], "reached": ratio <= MIXES[mix], "predicted_kld": plans[mix].predicted_kld,
                     "stock_p999": a.divergence.p999_kld, "dynamic_p999": b.divergence.p999_kld,
-                    "stock_perplexity_ratio": a.divergence.perplexity_ratio, "dynamic_perplexity_ratio": b.divergence.perplexity_ratio,  # noqa: E501
+                    "stock_perplexity_ratio": a.divergence.perplexity_ratio, "dynamic_perplexity_ratio": b.divergence.perplexity_ratio,
                     "stock_top1": a.divergence.top1_agreement, "dynamic_top1": b.divergence.top1_agreement,
                 })  # fmt: skip
                 print(f"{model.name:12} {text:21} {runtime:5} {mix:7} stock {a.divergence.mean_kld:.5f} ({a.file_bytes:,} B) "
-                      f"dynamic {b.divergence.mean_kld:.5f} ({b.file_bytes:,} B) ratio {ratio:.3f} (limit {MIXES[mix]})", flush=True)  # fmt: skip  # noqa: E501
+                      f"dynamic {b.divergence.mean_kld:.5f} ({b.file_bytes:,} B) ratio {ratio:.3f} (limit {MIXES[mix]})", flush=True)  # fmt: skip
     return rows
 
 

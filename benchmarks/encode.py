@@ -19,10 +19,10 @@ import numpy as np
 from common import ROOT, write_results
 
 sys.path.insert(0, str(ROOT / "tests"))
-import oracle  # noqa: E402
+import oracle
 
-from quantkit.encoders import get_encoder  # noqa: E402
-from quantkit.formats import formats  # noqa: E402
+from quantkit.encoders import get_encoder
+from quantkit.formats import formats
 
 ROWS, COLUMNS, REPEATS = 2048, 4096, 5
 

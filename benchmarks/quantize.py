@@ -21,8 +21,8 @@ import numpy as np
 from common import ROOT, TOOLS, build_llama, write_results
 
 from quantkit.analysis.imatrix import write_imatrix
-from quantkit.checkpoint import open_checkpoint
 from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint import open_checkpoint
 from quantkit.checkpoint.gguf_writer import TensorSpec, write_gguf
 from quantkit.encoders import get_encoder
 from quantkit.encoders.stats import ActivationStats, TensorStats

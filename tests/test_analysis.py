@@ -126,7 +126,7 @@ def test_damaged_analysis_files(tmp_path):
 
 def test_predictions_interpolate_between_probes():
     tensor = TensorSensitivity("attn_q", 0, (4, 256), 3.0, 0, {
-        "Q2_K": FormatCost(0, 0, 1.0, 2.0), "Q3_K": FormatCost(0, 0, 0.1), "Q4_K": FormatCost(0, 0, 0.01, 0.08), "Q8_0": FormatCost(0, 0, 1e-4),  # noqa: E501
+        "Q2_K": FormatCost(0, 0, 1.0, 2.0), "Q3_K": FormatCost(0, 0, 0.1), "Q4_K": FormatCost(0, 0, 0.01, 0.08), "Q8_0": FormatCost(0, 0, 1e-4),
     })  # fmt: skip
     fill_predictions(tensor)
     assert tensor.formats["Q2_K"].predicted_kld == 2.0 and tensor.formats["Q4_K"].predicted_kld == 0.08

@@ -13,7 +13,7 @@ from quantkit.formats import Format, format_by_gguf_id, formats, get_format
 
 QUANTIZED = [f for f in formats() if f.is_quantized()]
 SIZES = {"Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34), "Q2_K": (256, 84),
-         "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_XS": (256, 136), "IQ3_S": (256, 110), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # fmt: skip  # noqa: E501
+         "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_XS": (256, 136), "IQ3_S": (256, 110), "F32": (1, 4), "F16": (1, 2), "BF16": (1, 2)}  # fmt: skip
 
 
 def random_rows(fmt: type[Format], rows: int, blocks: int, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from quantkit.formats import get_format
 
 METADATA = {
     "general.architecture": gv.string("llama"), "a.u32": gv.u32(7), "a.f32": gv.f32(0.5), "a.bool": gv.boolean(True),
-    "a.words": gv.array(gv.STRING, ["x", "größer", ""]), "a.numbers": gv.array(gv.I32, [1, -2, 3]), "a.long": gv.Value(gv.I64, -(1 << 40)),  # noqa: E501
+    "a.words": gv.array(gv.STRING, ["x", "größer", ""]), "a.numbers": gv.array(gv.I32, [1, -2, 3]), "a.long": gv.Value(gv.I64, -(1 << 40)),
 }  # fmt: skip
 SPECS = [
     TensorSpec("w", (3, 5, 32), get_format("Q4_0")),

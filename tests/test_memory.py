@@ -82,7 +82,7 @@ def test_prediction_is_within_three_percent(name, context, kv, flash, tiny_folde
 
 
 def test_an_8b_model_on_paper():
-    """Llama-3-8B at 8192 tokens: 1 GiB of F16 cache; a prompt buffer near 260 MiB (measured by llama.cpp: 282.5 MiB with inputs)."""  # noqa: E501
+    """Llama-3-8B at 8192 tokens: 1 GiB of F16 cache; a prompt buffer near 260 MiB (measured by llama.cpp: 282.5 MiB with inputs)."""
     shape = Shape("llama", 32, 4096, 32, 8, 128, 128256, 14336)
     run = Run(8192)
     assert kv_bytes(shape, run) == 1 << 30

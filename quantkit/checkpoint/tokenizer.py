@@ -21,7 +21,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 PAD_SCORE = -1000.0
 # Tokens that llama.cpp's converter takes for control tokens by their spelling.
 LOOKS_SPECIAL = r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]"
-SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token", "mask": "mask_token"}  # fmt: skip  # noqa: E501
+SPECIALS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "seperator": "sep_token", "padding": "pad_token", "mask": "mask_token"}  # fmt: skip
 
 
 @dataclass

@@ -61,7 +61,7 @@ def print_sensitivity(sensitivity: Any) -> None:
             name, tensor.role, f"{cost.weight_error:.1e}", f"{cost.activation_error:.1e}",
             "–" if tensor.int8_activation_error is None else f"{tensor.int8_activation_error:.0e}",
             "–" if tensor.fp8_activation_error is None else f"{tensor.fp8_activation_error:.0e}",
-            f"{tensor.kurtosis:.1f}", str(tensor.outlier_channels), *("–" if c is None else f"{c.predicted_kld:.1e}" for c in costs),  # noqa: E501
+            f"{tensor.kurtosis:.1f}", str(tensor.outlier_channels), *("–" if c is None else f"{c.predicted_kld:.1e}" for c in costs),
         ])  # fmt: skip
     print_table(
         f"{sensitivity.model}: relative errors at about 4.5 bits; predicted KLD in nats per token ({sensitivity.estimator})",

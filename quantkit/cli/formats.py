@@ -25,7 +25,7 @@ def command(as_json: bool) -> None:
         methods = [name for name, encoder in ENCODERS.items() if fmt.name in encoder.serves]
         speed = SPEED.get(fmt.name, "fast (super-blocks)" if fmt.elements == 256 else "fast")
         rows.append({"name": fmt.name, "bpw": fmt.bpw(), "elements": fmt.elements, "bytes": fmt.block_bytes(),
-                     "symmetric": fmt.symmetric, "containers": list(fmt.containers), "methods": methods, "speed": speed})  # fmt: skip  # noqa: E501
+                     "symmetric": fmt.symmetric, "containers": list(fmt.containers), "methods": methods, "speed": speed})  # fmt: skip
     if as_json:
         emit_json({"formats": rows})
         return

@@ -32,7 +32,7 @@ def command(model: Path, tensor: str | None, pre_tokenizer: str | None, as_json:
         emit_json(document)
         return
     total = sum(_bytes(info) for info in checkpoint.tensors.values())
-    click.echo(f"{checkpoint.path.name}: {checkpoint.family.arch}, {checkpoint.n_layers} layers, {checkpoint.n_weights:,} weights, "  # noqa: E501
+    click.echo(f"{checkpoint.path.name}: {checkpoint.family.arch}, {checkpoint.n_layers} layers, {checkpoint.n_weights:,} weights, "
                f"{'tied head' if checkpoint.tied else 'own head'}, {size(total)} of tensor data")  # fmt: skip
     if tensor:
         for fmt, count in rows[0]["bytes_by_format"].items():

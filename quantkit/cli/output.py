@@ -84,10 +84,10 @@ def size(count: int) -> str:
 def common(function: Callable[..., None]) -> Callable[..., None]:
     """Options of every command that runs an analysis."""
     options = [
-        click.option("--calibration", multiple=True, type=click.Path(path_type=Path), help="Text to calibrate on (repeatable) instead of the built-in mix."),  # noqa: E501
-        click.option("--imatrix", type=click.Path(path_type=Path), help="Activation statistics made by quantkit or llama-imatrix."),  # noqa: E501
+        click.option("--calibration", multiple=True, type=click.Path(path_type=Path), help="Text to calibrate on (repeatable) instead of the built-in mix."),
+        click.option("--imatrix", type=click.Path(path_type=Path), help="Activation statistics made by quantkit or llama-imatrix."),
         click.option("--tokens", type=click.IntRange(512), default=None, help="Calibration tokens (default 65536)."),
-        click.option("--probes/--no-probes", default=None, help="Measure single tensors directly (default: for models up to 200M weights)."),  # noqa: E501
+        click.option("--probes/--no-probes", default=None, help="Measure single tensors directly (default: for models up to 200M weights)."),
         click.option("--work", type=click.Path(path_type=Path), help="Work directory (default ./NAME.quantkit)."),
         click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer where it cannot be recognized."),
     ]  # fmt: skip
@@ -107,7 +107,7 @@ def budget(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--kv-type", default="F16", show_default=True, help="KV cache type for --fit."),
         click.option("--ubatch", type=click.IntRange(1), default=512, show_default=True, help="Micro-batch for --fit."),
         click.option("--no-flash-attention", is_flag=True, help="Count buffers without flash attention for --fit."),
-        click.option("--keep", multiple=True, metavar="REGEX=FORMAT", help="Give this format to tensors in whose name the expression is found (repeatable; the first match wins)."),  # noqa: E501
+        click.option("--keep", multiple=True, metavar="REGEX=FORMAT", help="Give this format to tensors in whose name the expression is found (repeatable; the first match wins)."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)

@@ -60,4 +60,4 @@ def command(
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "
                f"encoded in {manifest.seconds:.1f} s, "
-               f"{'errors weighted by activation statistics (' + manifest.importance + ')' if manifest.importance else 'no activation statistics'}")  # fmt: skip  # noqa: E501
+               f"{'errors weighted by activation statistics (' + manifest.importance + ')' if manifest.importance else 'no activation statistics'}")  # fmt: skip

@@ -15,7 +15,7 @@ from quantkit.planning.artifact import output_metadata, stock_bytes, tensor_spec
 from quantkit.planning.memory import Run, overhead
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,  # noqa: E501
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
          "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def _fit(text: str, run: Run, checkpoint: Checkpoint) -> tuple[int, dict[str, ob
     left = memory - rest.total
     if left <= 0:
         raise PlanError(
-            f"{text} is less than the KV cache ({rest.kv_cache:,} bytes) and compute buffers ({rest.compute + rest.output:,} bytes) alone",  # noqa: E501
+            f"{text} is less than the KV cache ({rest.kv_cache:,} bytes) and compute buffers ({rest.compute + rest.output:,} bytes) alone",
             hint="ask for a shorter --context or a smaller --kv-type",
         )
     return left, {
