@@ -117,7 +117,8 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress)
                     task.advance(states.shape[0] * states.shape[1])
         with blocks.head(observer) as head:
             for states in hidden:
-                head(states)
+                for window in states:  # the logits of one window at a time
+                    head(window)
                 task.advance(states.shape[0] * states.shape[1])
         task.done()
     for entry in result.stats.tensors.values():

@@ -8,7 +8,9 @@ hidden states between layers are kept. Source of the identity: Martens, arXiv 14
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 BATCH = 2
+MEMORY_BYTES = 1 << 29  # hidden states beyond this are kept on disk
+POSITIONS = 256  # positions whose logits are in memory at a time
 
 
 @dataclass
@@ -29,11 +33,13 @@ class Fisher:
     """Mean over all tokens of the squared gradient, by GGUF tensor.
 
     rows: float64 (experts, rows); tokens an expert never saw count as zero, so traffic is included.
-    embedding: float64 (vocabulary, width), the squared gradient at each embedding row.
+    embedding_ids, embedding: the token ids that occurred, int64 (n,), and the squared gradient at their
+    embedding rows, float64 (n, width).
     """
 
     rows: dict[str, npt.NDArray[np.float64]] = field(default_factory=dict)
-    embedding: npt.NDArray[np.float64] | None = None
+    embedding_ids: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    embedding: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
     tokens: int = 0
 
 
@@ -64,12 +70,13 @@ def measure_fisher(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progr
     observer = _Gradients(checkpoint, out)
     blocks = Blocks(checkpoint)
     batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
-    hidden: list[list[torch.Tensor]] = [[blocks.embed(batch) for batch in batches]]
+    hidden = HiddenStates(windows.size * blocks.model.config.hidden_size * 4 * (blocks.n_layers + 1))
+    hidden.push([blocks.embed(batch) for batch in batches])
     task = progress.task("Fisher information", total=(3 * blocks.n_layers + 3) * windows.size, unit="tokens")
     with torch.no_grad():
         for index in range(blocks.n_layers):
             with blocks.layer(index) as layer:
-                hidden.append([_tick(task, layer(states)) for states in hidden[-1]])
+                hidden.push([_tick(task, layer(states)) for states in hidden.last()])
     gradients = _head_gradients(blocks, observer, hidden.pop(), out, seed)
     for index in reversed(range(blocks.n_layers)):
         inputs = hidden.pop()
@@ -88,6 +95,43 @@ def measure_fisher(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progr
     return out
 
 
+class HiddenStates:
+    """A stack of hidden states, one list of batches for each layer; on disk if they are large."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._stack: list[Any] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="quantkit-") if total_bytes > MEMORY_BYTES else None
+
+    def push(self, batches: list[torch.Tensor]) -> None:
+        """Add the states before the next layer."""
+        if self._folder is None:
+            self._stack.append(batches)
+            return
+        paths = []
+        for i, batch in enumerate(batches):
+            path = Path(self._folder.name) / f"{len(self._stack)}-{i}.npy"
+            np.save(path, batch.numpy(), allow_pickle=False)
+            paths.append(path)
+        self._stack.append(paths)
+
+    def last(self) -> list[torch.Tensor]:
+        """The states that were pushed last."""
+        import torch
+
+        if self._folder is None:
+            return self._stack[-1]
+        return [torch.from_numpy(np.load(path, allow_pickle=False)) for path in self._stack[-1]]
+
+    def pop(self) -> list[torch.Tensor]:
+        """Take the states that were pushed last."""
+        found = self.last()
+        paths = self._stack.pop()
+        if self._folder is not None:
+            for path in paths:
+                path.unlink()
+        return found
+
+
 def _tick(task: Any, states: torch.Tensor) -> torch.Tensor:
     task.advance(states.shape[0] * states.shape[1])
     return states
@@ -103,19 +147,24 @@ def _head_gradients(
     gradients = []
     with blocks.head(observer) as head:
         for states in hidden:
-            states = states.clone().requires_grad_(True)
-            with torch.enable_grad():
-                logp = head(states).log_softmax(-1).reshape(-1, blocks.model.config.vocab_size)
-                labels = torch.multinomial(logp.detach().exp(), 1, generator=generator)
-                logp.gather(1, labels).sum().backward()
-            assert states.grad is not None
-            gradients.append(states.grad)
+            pieces = []
+            for piece in states.reshape(-1, states.shape[-1]).split(POSITIONS):
+                leaf = piece.clone().requires_grad_(True)
+                with torch.enable_grad():
+                    logp = head(leaf).log_softmax(-1)
+                    labels = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+                    logp.gather(1, labels).sum().backward()
+                assert leaf.grad is not None
+                pieces.append(leaf.grad)
+            gradients.append(torch.cat(pieces).reshape(states.shape))
     return gradients
 
 
 def _embedding(checkpoint: Checkpoint, batches: list[npt.NDArray[np.int64]], gradients: list[torch.Tensor], out: Fisher) -> None:
     info = checkpoint.info("token_embd.weight")
-    total = np.zeros(info.shape)
+    out.embedding_ids = np.unique(np.concatenate([batch.reshape(-1) for batch in batches]))
+    total = np.zeros((len(out.embedding_ids), info.columns))
     for batch, gradient in zip(batches, gradients, strict=True):
-        np.add.at(total, batch.reshape(-1), gradient.reshape(-1, info.columns).double().square().numpy())
+        place = np.searchsorted(out.embedding_ids, batch.reshape(-1))
+        np.add.at(total, place, gradient.reshape(-1, info.columns).double().square().numpy())
     out.embedding = total / out.tokens

@@ -24,6 +24,7 @@ from quantkit.progress import Progress
 VERSION = 1
 OFFERED = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 OFFERED_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+CHUNK_WEIGHTS = 1 << 21  # weights measured at a time
 SAMPLE_WEIGHTS = 1 << 23  # larger tensors are measured on a sample of their rows
 
 
@@ -141,46 +142,74 @@ def _measure_tensor(checkpoint: Checkpoint, info: TensorInfo, stats: ActivationS
     entry = stats.tensors.get(info.name)
     per_expert = info.rows // info.experts
     stride = max(1, info.size // SAMPLE_WEIGHTS)
-    sums: dict[str, np.ndarray] = {f.name: np.zeros(3) for f in offered_formats(info)}
-    norms = np.zeros(2)
-    moments = np.zeros(3)
-    channels = np.zeros(info.columns)
+    step = max(1, CHUNK_WEIGHTS // info.columns) * stride
+    sums = _Sums([fmt.name for fmt in offered_formats(info)], info.columns)
     for expert in range(info.experts):
-        start = expert * per_expert
-        weight = checkpoint.read_rows(info.name, start, start + per_expert)[::stride]
         importance = stats.importance(info.name, expert)
-        metric = np.ones(info.columns) if importance is None else importance.astype(np.float64)
-        share = 1.0 if entry is None or info.experts == 1 else float(entry.counts[expert] / max(entry.counts.sum(), 1))
-        rows = _row_fisher(fisher, info, expert, metric)[::stride]
-        norms += [float((weight.astype(np.float64) ** 2).sum()), share * float((weight.astype(np.float64) ** 2 @ metric).sum())]
-        moments += [weight.size, float((weight.astype(np.float64) ** 2).sum()), float((weight.astype(np.float64) ** 4).sum())]
-        channels += (weight.astype(np.float64) ** 2).sum(0)
-        for fmt in offered_formats(info):
-            delta = (decode_after_encode(weight, importance, fmt, info.name) - weight).astype(np.float64) ** 2
-            cost = 0.5 * stride * float((rows * delta).sum()) if rows.ndim == 2 else 0.5 * stride * float(rows @ (delta @ metric))
-            sums[fmt.name] += [float(delta.sum()), share * float((delta @ metric).sum()), cost]
-    rms = np.sqrt(channels)
+        share = 1.0
+        if entry is not None and info.experts > 1:
+            share = float(entry.counts[expert] / max(entry.counts.sum(), 1))
+        for start in range(0, per_expert, step):
+            rows = np.arange(start, min(start + step, per_expert))[::stride]
+            first = expert * per_expert + start
+            weight = checkpoint.read_rows(info.name, first, expert * per_expert + int(rows[-1]) + 1)[::stride]
+            sums.add(info, weight, importance, share, stride, expert, rows, fisher)
     return TensorSensitivity(
         role=info.role.value,
         layer=info.layer,
         shape=info.shape,
-        kurtosis=float(moments[2] * moments[0] / max(moments[1] ** 2, 1e-30)),
-        outlier_channels=int((rms > 6 * np.median(rms)).sum()),
+        kurtosis=sums.kurtosis(),
+        outlier_channels=sums.outlier_channels(),
         uncovered_experts=entry.uncovered if entry else [],
-        formats={f: FormatCost(s[0] / max(norms[0], 1e-30), s[1] / max(norms[1], 1e-30), float(s[2])) for f, s in sums.items()},
+        formats=sums.costs(),
     )
 
 
-def _row_fisher(fisher: Fisher, info: TensorInfo, expert: int, metric: np.ndarray) -> np.ndarray:
-    """Weight of each row's output error (rows,), or of each weight (rows, columns) for the embedding.
+class _Sums:
+    """Adds up the errors of one tensor over its pieces."""
 
-    A tied embedding is weighed twice: as a lookup table and as the head.
-    """
-    rows = fisher.rows.get(info.name)
-    if info.name != "token_embd.weight":
-        return rows[expert] if rows is not None else np.zeros(info.rows // info.experts)
-    assert fisher.embedding is not None
-    weights = fisher.embedding.copy()
-    if rows is not None:
-        weights += rows[0][:, None] * metric[None, :]
-    return weights
+    def __init__(self, formats: list[str], columns: int) -> None:
+        self._errors = {name: np.zeros(3) for name in formats}  # weight, activation, Fisher
+        self._norms = np.zeros(2)  # of the weights, of the outputs
+        self._moments = np.zeros(3)  # count, second, fourth
+        self._channels = np.zeros(columns)
+
+    def add(
+        self, info: TensorInfo, weight: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None,
+        share: float, stride: int, expert: int, rows: npt.NDArray[np.int64], fisher: Fisher,
+    ) -> None:  # fmt: skip
+        """One piece: float32 (rows, columns) of an expert, whose row numbers are ``rows``."""
+        metric = np.ones(info.columns) if importance is None else importance.astype(np.float64)
+        squares = weight.astype(np.float64) ** 2
+        self._norms += [float(squares.sum()), share * float((squares @ metric).sum())]
+        self._moments += [weight.size, float(squares.sum()), float((squares**2).sum())]
+        self._channels += squares.sum(0)
+        row_weight = fisher.rows[info.name][expert][rows] if info.name in fisher.rows else np.zeros(len(rows))
+        for name, total in self._errors.items():
+            delta = (decode_after_encode(weight, importance, get_format(name), info.name) - weight).astype(np.float64) ** 2
+            in_metric = delta @ metric
+            cost = float(row_weight @ in_metric)
+            if info.name == "token_embd.weight":
+                cost += _lookup_cost(fisher, rows, delta)
+            total += [float(delta.sum()), share * float(in_metric.sum()), 0.5 * stride * cost]
+
+    def kurtosis(self) -> float:
+        """Fourth moment over the squared second: 3 for normal weights."""
+        count, second, fourth = self._moments
+        return float(fourth * count / max(second**2, 1e-30))
+
+    def outlier_channels(self) -> int:
+        """Input channels whose weights are over six times the median channel's size."""
+        rms = np.sqrt(self._channels)
+        return int((rms > 6 * np.median(rms)).sum())
+
+    def costs(self) -> dict[str, FormatCost]:
+        """Errors relative to the tensor's own size, and Fisher's KL divergence."""
+        weights, outputs = np.maximum(self._norms, 1e-30)
+        return {name: FormatCost(float(e[0] / weights), float(e[1] / outputs), float(e[2])) for name, e in self._errors.items()}
+
+
+def _lookup_cost(fisher: Fisher, rows: npt.NDArray[np.int64], delta: npt.NDArray[np.float64]) -> float:
+    """Σ of squared gradient × squared error over the embedding rows that text looked up (a tied head comes on top)."""
+    known, ours, theirs = np.intersect1d(rows, fisher.embedding_ids, assume_unique=True, return_indices=True)
+    return float((delta[ours] * fisher.embedding[theirs]).sum()) if len(known) else 0.0

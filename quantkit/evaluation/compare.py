@@ -17,7 +17,7 @@ import numpy.typing as npt
 from quantkit.analysis.texts import read_text
 from quantkit.checkpoint import Checkpoint, open_checkpoint, require_readable
 from quantkit.errors import CalibrationError, CheckpointError
-from quantkit.evaluation.runners import open_runner
+from quantkit.evaluation.runners import Runner, RunnerPool
 from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
 from quantkit.modeling.text import TextEncoder
 from quantkit.progress import Progress
@@ -97,11 +97,14 @@ def compare(
     chunk = max(1, REFERENCE_BYTES // per_window)
     task = progress.task("compare", total=windows.size * (1 + len(opened)), unit="tokens")
     parts: list[list[TokenScores]] = [[] for _ in opened]
-    for start in range(0, len(windows), chunk):
-        some = windows[start : start + chunk]
-        known = _reference_logp(original, some, runtime, task)
-        for i, checkpoint in enumerate(opened):
-            parts[i].append(_score(checkpoint, some, known, runtime, task))
+    with RunnerPool(runtime, window, [original, *opened], keep=len(windows) > chunk) as runners:
+        for start in range(0, len(windows), chunk):
+            some = windows[start : start + chunk]
+            with runners.use(original) as runner:
+                known = _reference_logp(runner, some, task)
+            for i, checkpoint in enumerate(opened):
+                with runners.use(checkpoint) as runner:
+                    parts[i].append(_score(runner, some, known, task))
     task.done()
     rows = [
         _candidate(path, checkpoint, summarize(TokenScores.join(scores)))
@@ -133,22 +136,19 @@ def _check_same_vocabulary(original: Checkpoint, other: Checkpoint, path: Path) 
         )
 
 
-def _reference_logp(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], runtime: str, task: Any) -> list[Any]:
+def _reference_logp(runner: Runner, windows: npt.NDArray[np.int64], task: Any) -> list[Any]:
     """Log-probabilities of the scored half of each window, torch float32 (positions, vocabulary)."""
-    runner = open_runner(checkpoint, runtime, windows.shape[1])
     half = windows.shape[1] // 2
     out = []
     for ids in windows:
         out.append(runner.logits(ids)[half:-1].log_softmax(-1))
         task.advance(len(ids))
-    runner.close()
     return out
 
 
-def _score(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], known: list[Any], runtime: str, task: Any) -> TokenScores:
+def _score(runner: Runner, windows: npt.NDArray[np.int64], known: list[Any], task: Any) -> TokenScores:
     import torch
 
-    runner = open_runner(checkpoint, runtime, windows.shape[1])
     half = windows.shape[1] // 2
     parts = []
     for ids, reference in zip(windows, known, strict=True):
@@ -164,7 +164,6 @@ def _score(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], known: list[A
             )
         )
         task.advance(len(ids))
-    runner.close()
     return TokenScores.join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,3 +101,37 @@ def _gguf_of(checkpoint: Checkpoint) -> Iterator[Path]:
 def open_runner(checkpoint: Checkpoint, runtime: str, window: int) -> Runner:
     """A loaded model for ``runtime`` (torch or llama)."""
     return LlamaRunner(checkpoint, window) if runtime == "llama" else TorchRunner(checkpoint)
+
+
+class RunnerPool:
+    """Opens models when they are used; with ``keep``, and if all fit into half of the memory, only once."""
+
+    def __init__(self, runtime: str, window: int, checkpoints: list[Checkpoint], keep: bool) -> None:
+        wanted = 4 * sum(checkpoint.n_weights for checkpoint in checkpoints)
+        self._runtime, self._window = runtime, window
+        self._keep = keep and wanted <= _memory_bytes() // 2
+        self._open: dict[int, Runner] = {}
+
+    def __enter__(self) -> RunnerPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for runner in self._open.values():
+            runner.close()
+
+    @contextlib.contextmanager
+    def use(self, checkpoint: Checkpoint) -> Iterator[Runner]:
+        """The loaded model; it stays loaded if the pool keeps models."""
+        runner = self._open.get(id(checkpoint)) or open_runner(checkpoint, self._runtime, self._window)
+        if self._keep:
+            self._open[id(checkpoint)] = runner
+        try:
+            yield runner
+        finally:
+            if not self._keep:
+                runner.close()
+
+
+def _memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

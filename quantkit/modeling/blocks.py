@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from quantkit.checkpoint import Checkpoint
-from quantkit.modeling.skeleton import empty_model, load_parameters, tensor_names
+from quantkit.modeling.skeleton import empty_model, load_parameters, parameter_value, set_parameter, tensor_names
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,13 @@ class Blocks:
         self.n_layers = len(self.model.model.layers)
 
     def embed(self, ids: np.ndarray) -> torch.Tensor:
-        """Token ids (n, window) → hidden states (n, window, width)."""
+        """Token ids (n, window) → hidden states (n, window, width). Reads only the rows that occur."""
         import torch
 
-        table = self.model.model.embed_tokens
-        if table.weight.is_meta:
-            load_parameters(self.checkpoint, table, "model.embed_tokens.")
-        with torch.inference_mode():
-            return table(torch.from_numpy(ids)).clone()
+        seen, place = np.unique(ids, return_inverse=True)
+        name = "token_embd.weight"
+        rows = np.concatenate([self.checkpoint.read_rows(name, int(i), int(i) + 1) for i in seen])
+        return torch.from_numpy(rows[place.reshape(ids.shape)])
 
     @contextlib.contextmanager
     def layer(self, index: int, observer: Observer | None = None) -> Iterator[Any]:
@@ -69,11 +68,8 @@ class Blocks:
         """Final norm and head; call it with hidden states (…, width) to get logits (…, vocabulary)."""
         norm, head = self.model.model.norm, self.model.lm_head
         load_parameters(self.checkpoint, norm, "model.norm.")
-        if self.checkpoint.tied:
-            self.embed(np.zeros((1, 1), np.int64))
-            head.weight = self.model.model.embed_tokens.weight
-        else:
-            load_parameters(self.checkpoint, head, "lm_head.")
+        name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
+        set_parameter(head, "weight", parameter_value(self.checkpoint, name, self.checkpoint.read))
         name = "token_embd.weight" if self.checkpoint.tied else "output.weight"
         handles = [head.register_forward_hook(_linear_hook(name, observer))] if observer else []
         try:
@@ -81,6 +77,7 @@ class Blocks:
         finally:
             for handle in handles:
                 handle.remove()
+            head.to("meta")
 
 
 def observe(checkpoint: Checkpoint, layer: Any, prefix: str, observer: Observer) -> list[Any]:
