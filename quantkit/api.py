@@ -5,9 +5,10 @@ Each stage reads and writes plain files in the work directory and is skipped if 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def _given_plan(
 ) -> tuple[Plan, ActivationStats | None]:
     """A plan that was read or handed over: checked, with its numbers made anew, since it may have been edited."""
     plan.check(checkpoint)
-    plan.use_importance = plan.use_importance and use_importance
+    plan = replace(plan, use_importance=plan.use_importance and use_importance)
     stats = _stats_at_hand(checkpoint, options) if plan.use_importance else None
     if plan.use_importance and stats is None:
         raise PlanError(
@@ -214,9 +215,11 @@ def _given_plan(
     plan.bpw, plan.file_bytes = bits_per_weight(checkpoint, plan), planned_bytes(checkpoint, plan, stats)
     path = work_directory(checkpoint.path, options.work) / ANALYSIS
     plan.predicted_kld = None
-    if path.exists():
-        sensitivity = Sensitivity.read(path)
-        if sensitivity.identity == checkpoint.identity:
+    if path.exists() and plan.use_importance:
+        with contextlib.suppress(QuantkitError):  # only the prediction needs it
+            sensitivity = Sensitivity.read(path)
+            if sensitivity.identity != checkpoint.identity:
+                return plan, stats
             plan.predicted_kld = total_prediction(sensitivity, plan, checkpoint)
     return plan, stats
 
@@ -247,7 +250,7 @@ def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
 
 def compare(
     reference: str | Path, candidates: Sequence[str | Path], text: Sequence[str | Path] = (), *, runtime: str = "torch",
-    window: int = 512, limit: int | None = None, html: str | Path | None = None, work: Path | None = None,
+    window: int = 512, limit: int | None = None, html: str | Path | None = None, work: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """KL divergence, perplexity and agreement of ``candidates`` against ``reference``; optionally an HTML report.
@@ -267,7 +270,7 @@ def compare(
         Path(reference), [Path(c) for c in candidates], texts, runtime=runtime, window=window, limit=limit, progress=progress
     )
     if html is not None:
-        path = work_directory(Path(reference), work) / ANALYSIS
+        path = work_directory(Path(reference), Path(work) if work else None) / ANALYSIS
         sensitivity = Sensitivity.read(path) if path.exists() else None
         if sensitivity is not None and sensitivity.identity != open_checkpoint(reference).identity:
             sensitivity = None

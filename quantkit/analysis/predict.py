@@ -13,12 +13,13 @@ from quantkit.formats import get_format
 
 
 def probe_formats(info: TensorInfo, formats: dict[str, FormatCost]) -> list[str]:
-    """Formats to probe for a tensor: the coarsest, one in the middle and a fine one."""
+    """Formats to probe for a tensor: the coarsest, one or two in the middle and a fine one."""
     quantized = sorted((f for f in formats if get_format(f).is_quantized()), key=lambda f: get_format(f).bpw())
     if len(quantized) <= 3:
         return quantized
-    middle = "Q4_K" if "Q4_K" in quantized else quantized[len(quantized) // 2 - 1]
-    return [quantized[0], middle, quantized[-2]]
+    if "Q4_K" in quantized:
+        return [f for f in ("Q2_K", "IQ3_S", "Q4_K", "Q6_K") if f in quantized]
+    return [quantized[0], quantized[len(quantized) // 2 - 1], quantized[-2]]
 
 
 def error_of(cost: FormatCost) -> float:
@@ -45,8 +46,9 @@ def fill_predictions(tensor: TensorSensitivity) -> None:
         else:
             cost.predicted_kld = cost.fisher_kld
     ordered = sorted(tensor.formats.items(), key=lambda item: get_format(item[0]).bpw())
-    for (_, coarse), (_, fine) in pairwise(ordered):
-        fine.predicted_kld = min(fine.predicted_kld, coarse.predicted_kld)
+    for (coarse_name, coarse), (fine_name, fine) in pairwise(ordered):
+        if get_format(fine_name).bpw() > get_format(coarse_name).bpw():
+            fine.predicted_kld = min(fine.predicted_kld, coarse.predicted_kld)
 
 
 def fit_composition(predicted: list[float], measured: list[float]) -> tuple[float, float]:

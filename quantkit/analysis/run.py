@@ -24,7 +24,7 @@ from quantkit.progress import Progress
 
 TOKENS = 65536
 FISHER_TOKENS = 8192
-PROBE_TOKENS = 6144
+PROBE_TOKENS = 8192
 PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
 COMPOSITION_BPW = (3.0, 3.5, 4.0, 4.75, 5.5)

@@ -25,7 +25,7 @@ def command(as_json: bool) -> None:
         methods = [name for name, encoder in ENCODERS.items() if fmt.name in encoder.serves]
         speed = SPEED.get(fmt.name, "fast (super-blocks)" if fmt.elements == 256 else "fast")
         rows.append({"name": fmt.name, "bpw": fmt.bpw(), "elements": fmt.elements, "bytes": fmt.block_bytes(),
-                     "symmetric": fmt.symmetric, "containers": list(fmt.containers), "methods": methods, "speed": speed})  # fmt: skip
+                     "symmetric": fmt.symmetric, "has_zero": fmt.symmetric if fmt.has_zero is None else fmt.has_zero, "containers": list(fmt.containers), "methods": methods, "speed": speed})  # fmt: skip
     if as_json:
         emit_json({"formats": rows})
         return
@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
         "formats",
         ["format", "bits per weight", "weights per block", "bytes per block", "zero", "container", "written by", "decode speed"],
         [
-            [r["name"], f"{r['bpw']:.4g}", str(r["elements"]), str(r["bytes"]), "exact" if r["symmetric"] else "with minimum",
+            [r["name"], f"{r['bpw']:.4g}", str(r["elements"]), str(r["bytes"]), "exact" if r["has_zero"] else "with minimum" if not r["symmetric"] else "nearest code",
              ", ".join(r["containers"]), ", ".join(r["methods"]), r["speed"]]
             for r in rows
         ],

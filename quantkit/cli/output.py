@@ -105,7 +105,7 @@ def budget(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--like", help="The size of a standard mix (Q4_K_M, the default) or of a file."),
         click.option("--context", type=click.IntRange(1), default=4096, show_default=True, help="Tokens of context for --fit."),
         click.option("--kv-type", default="F16", show_default=True, help="KV cache type for --fit."),
-        click.option("--ubatch", type=click.IntRange(1), default=512, show_default=True, help="Micro-batch for --fit."),
+        click.option("--ubatch", type=click.IntRange(1, 2048), default=512, show_default=True, help="Micro-batch for --fit."),
         click.option("--no-flash-attention", is_flag=True, help="Count buffers without flash attention for --fit."),
         click.option("--keep", multiple=True, metavar="REGEX=FORMAT", help="Give this format to tensors in whose name the expression is found (repeatable; the first match wins)."),
     ]  # fmt: skip

@@ -24,7 +24,9 @@ MIX is the short form that users of llama-quantize type: quantkit quantize MODEL
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file (default: a name by llama.cpp's convention).")
 @click.option("--split-max-size", help="Write parts of at most this size (2GiB), named as llama.cpp names them.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics.")
+@click.option(
+    "--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics (standard and uniform plans, plan.json)."
+)
 @budget
 @common
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
@@ -56,6 +58,8 @@ def command(
     if as_json:
         emit_json({"output": str(path), **asdict(manifest)})
         return
+    if manifest.parts:
+        click.echo(f"{len(manifest.parts)} parts: {', '.join(manifest.parts)}; the first:")
     predicted = manifest.plan.get("predicted_kld")
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "

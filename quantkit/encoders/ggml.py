@@ -59,7 +59,7 @@ def _refuse_overflow(halves: npt.NDArray[Any], x: npt.NDArray[np.float32], fmt: 
     if not np.isfinite(halves).all():
         raise FormatError(
             f"{name} has weights up to {np.abs(x).max():.3g}, too large for {fmt.name}'s half precision",
-            hint="keep the tensor with --keep 'NAME=BF16'",
+            hint="the checkpoint is unusual or damaged; --plan uniform:BF16 keeps such weights",
         )
 
 

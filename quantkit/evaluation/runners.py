@@ -78,7 +78,9 @@ def _llama_cpp() -> Any:
     try:
         import llama_cpp
     except ImportError:
-        raise MissingDependencyError("--runtime llama needs llama-cpp-python", hint='pip install "quantkit-llm[llama]"') from None
+        raise MissingDependencyError(
+            "--runtime llama needs llama-cpp-python", hint='in the checkout: pip install -e ".[llama]"'
+        ) from None
     return llama_cpp
 
 

@@ -28,7 +28,8 @@ class Format:
     gguf_id: ``ggml_type`` number in a GGUF file.
     elements: weights in one block.
     layout: structured dtype of one block; its item size is the bytes per block.
-    symmetric: zero decodes to zero and there is no per-block minimum.
+    symmetric: there is no per-block minimum.
+    has_zero: some code decodes to exactly zero in every block.
     fallback: name of the format llama.cpp uses when a row is not a multiple of ``elements``.
     containers: file kinds that can hold the format.
     """
@@ -38,6 +39,7 @@ class Format:
     elements: ClassVar[int] = 1
     layout: ClassVar[np.dtype]
     symmetric: ClassVar[bool] = True
+    has_zero: ClassVar[bool | None] = None  # None: as ``symmetric``
     fallback: ClassVar[str | None] = None
     containers: ClassVar[tuple[str, ...]] = ("gguf",)
 

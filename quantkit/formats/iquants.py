@@ -15,7 +15,7 @@ from quantkit.formats.kquants import SUPER
 class IQ4_XS(Format):
     """w = (d·(sc − 32))·value[q]; 8 sub-blocks of 32, 6-bit scales, 16 fixed values."""
 
-    name, gguf_id, elements, fallback = "IQ4_XS", 23, SUPER, "F16"
+    name, gguf_id, elements, fallback, has_zero = "IQ4_XS", 23, SUPER, "F16", False
     layout = np.dtype([("d", "<f2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("qs", "u1", 128)])
 
     @classmethod
@@ -31,7 +31,7 @@ class IQ4_XS(Format):
 class IQ3_S(Format):
     """w = ±(d·(1 + 2·sc))·grid; 8 sub-blocks of 32, 4-bit scales, groups of four from a code book of 512."""
 
-    name, gguf_id, elements, fallback = "IQ3_S", 21, SUPER, "F16"
+    name, gguf_id, elements, fallback, has_zero = "IQ3_S", 21, SUPER, "F16", False
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 64), ("qh", "u1", 8), ("signs", "u1", 32), ("scales", "u1", 4)])
 
     @classmethod

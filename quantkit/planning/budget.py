@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.gguf_checkpoint import split_files
 from quantkit.checkpoint.gguf_writer import header_bytes
-from quantkit.checkpoint.source import split_files
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError
 from quantkit.planning.artifact import output_metadata, stock_bytes, tensor_specs

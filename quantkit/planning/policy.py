@@ -57,6 +57,8 @@ class Policy:
     def describe(self) -> list[str]:
         """The rules in words."""
         out = [f"{role.value} at least {name}" for role, name in self.floors.items()]
+        if self.tied_heads and Role.HEAD in self.floors:
+            out.append(f"the embedding is the head too: at least {self.floors[Role.HEAD]}")
         out += [f"{name} at least {SUPER_WEIGHT_FLOOR}: holds a super weight" for name in sorted(self.super_weight_tensors)]
         out += [f"names matching {keep.pattern!r} are {keep.format.name}" for keep in self.keeps]
         if self.fused:

@@ -35,6 +35,7 @@ class Manifest:
     plan: dict[str, Any]
     tensors: dict[str, dict[str, Any]]
     importance: str | None = None  # texts behind the activation statistics, None: errors were not weighted
+    parts: list[str] = field(default_factory=list)  # names of all parts of a split file
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 

@@ -79,7 +79,7 @@ class Job:
         """The pieces of one tensor as calls, in order: from the cache, or to be encoded."""
         entry = self.plan.tensors[info.name]
         if self.cache is not None and get_format(entry.format).is_quantized():
-            known = self.cache.find(self.checkpoint, info, entry, self.stats)
+            known = self.cache.find(self.checkpoint, info, entry, self.stats, self.plan.uncovered_as_ones)
             if known is not None:
                 yield from known
                 return
@@ -129,6 +129,7 @@ def run(
             manifest_path(path).unlink(missing_ok=True)
         raise
     task.done()
+    manifests[0].parts = [path.name for path in paths] if len(paths) > 1 else []
     return manifests[0]
 
 
@@ -157,7 +158,7 @@ def split_parts(job: Job, stats: ActivationStats | None, split_bytes: int | None
     if split_bytes is None:
         return [specs]
     metadata = output_metadata(job.checkpoint, job.plan, stats)
-    header = file_bytes(metadata, specs) - sum(spec.nbytes for spec in specs)
+    header = file_bytes(metadata, specs) - sum(spec.nbytes for spec in specs) + 256  # and the split keys
     if header + max(spec.nbytes for spec in specs) > split_bytes:
         raise PlanError(
             f"parts of {split_bytes:,} bytes are smaller than the largest tensor with the header", hint="allow larger parts"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,11 +21,17 @@ from quantkit.formats import get_format
 from quantkit.planning.plan import Assignment
 
 CHUNK = 1 << 22
+STALE_SECONDS = 86400
 LIMIT_BYTES = 64 << 30  # the least recently used tensors go when the cache grows beyond this
 
 
-def cache_key(checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None) -> str:
-    """Name of an encoded tensor: model, its files' sizes and times, format, method, statistics."""
+def cache_key(
+    checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None, ones: bool = False
+) -> str:
+    """Name of an encoded tensor: model, its files' sizes and times, format, method, statistics.
+
+    ones: whether experts without statistics are weighed with ones.
+    """
     version = get_encoder(entry.method).version
     digest = hashlib.sha256(
         f"{checkpoint.identity} {checkpoint.stamp} {info.name} {entry.format} {entry.method} {version}".encode()
@@ -32,6 +39,8 @@ def cache_key(checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats
     known = stats.tensors.get(info.name) if stats else None
     if known is not None:
         digest.update(known.sum_squares.tobytes() + known.counts.tobytes())
+        if known.uncovered:
+            digest.update(str(ones).encode())
     return digest.hexdigest()[:32]
 
 
@@ -44,14 +53,17 @@ class TensorCache:
         self._open: dict[str, BinaryIO | None] = {}
 
     def find(
-        self, checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None
+        self, checkpoint: Checkpoint, info: TensorInfo, entry: Assignment, stats: ActivationStats | None, ones: bool
     ) -> Iterator[Callable[[], npt.NDArray[np.uint8]]] | None:
         """Calls that read the tensor piece by piece, or None if it has to be encoded (and will be added)."""
-        path = self._folder / f"{cache_key(checkpoint, info, entry, stats)}.bin"
+        path = self._folder / f"{cache_key(checkpoint, info, entry, stats, ones)}.bin"
         total = get_format(entry.format).row_bytes(info.columns) * info.rows
-        if path.exists() and path.stat().st_size == total:
-            os.utime(path)
-            return self._pieces(path, total)
+        try:
+            if path.stat().st_size == total:
+                os.utime(path)
+                return self._pieces(path, total)
+        except OSError:
+            pass  # not there, or not ours: encode it
         self._keys[info.name] = path
         return None
 
@@ -89,6 +101,9 @@ class TensorCache:
                 part.unlink()
 
     def _prune(self) -> None:
+        for part in self._folder.glob("*.part"):  # of runs that were killed
+            if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                part.unlink(missing_ok=True)
         files = sorted(self._folder.glob("*.bin"), key=lambda path: path.stat().st_mtime)
         total = sum(path.stat().st_size for path in files)
         for path in files:
