@@ -60,6 +60,9 @@ def command(
         return
     if manifest.parts:
         click.echo(f"{len(manifest.parts)} parts: {', '.join(manifest.parts)}; the first:")
+    for name, entry in manifest.tensors.items():
+        if "weighted with ones" in entry["reason"]:
+            click.echo(f"note: {name}: {entry['reason'].split('; ', 1)[1]}", err=True)
     predicted = manifest.plan.get("predicted_kld")
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy.typing as npt
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 
-CHUNK_WEIGHTS = 1 << 17  # weights in one unit of work: large enough to hide the hand-over
+CHUNK_WEIGHTS = 1 << 18  # weights in one unit of work: large enough to hide the hand-over
 
 
 class Encoder:
@@ -93,5 +94,10 @@ def map_rows(work: Callable[[slice], None], rows: int, columns: int, threads: in
         for part in slices:
             work(part)
         return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, slices))
+    list(_pool(threads).map(work, slices))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay, because starting them costs as much as encoding a few million weights."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="quantkit-encode")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,13 +53,12 @@ def _encode_float(x: npt.NDArray[np.float32], fmt: type[Format]) -> npt.NDArray[
     return packed.view(np.uint8).reshape(len(x), -1)
 
 
-def _refuse_overflow(halves: npt.NDArray[Any], x: npt.NDArray[np.float32], fmt: type[Format], name: str) -> None:
-    """Raise FormatError if a half-precision number overflowed: the block would decode to infinity."""
-    if not np.isfinite(halves).all():
-        raise FormatError(
-            f"{name} has weights up to {np.abs(x).max():.3g}, too large for {fmt.name}'s half precision",
-            hint="the checkpoint is unusual or damaged; --plan uniform:BF16 keeps such weights",
-        )
+def _refuse_overflow(x: npt.NDArray[np.float32], fmt: type[Format], name: str) -> None:
+    """Raise FormatError because a half-precision number overflowed: its block would decode to infinity."""
+    raise FormatError(
+        f"{name} has weights up to {np.abs(x).max():.3g}, too large for {fmt.name}'s half precision",
+        hint="the checkpoint is unusual or damaged; --plan uniform:BF16 keeps such weights",
+    )
 
 
 class GgmlEncoder(Encoder):
@@ -79,22 +77,25 @@ class GgmlEncoder(Encoder):
         if not fmt.is_quantized():
             check_finite(x, name, at)
             packed = _encode_float(x, fmt)
-            if fmt.name == "F16":
-                _refuse_overflow(packed.view("<f2"), x, fmt, name)
+            if fmt.name == "F16" and not np.isfinite(packed.view("<f2")).all():
+                _refuse_overflow(x, fmt, name)
             return packed
         qw = check_importance(importance, x.shape[1], name)
         weighted = qw is not None
         loop = _loop(fmt.name)
         out = np.empty((x.shape[0], row_bytes), np.uint8)
         dummy = np.zeros(1, np.float32) if qw is None else qw
-        halves = [field for field in ("d", "dmin", "m") if field in (fmt.layout.names or ())]
+        from quantkit.encoders.loops_scales import all_finite, halves_finite
 
-        def work(rows: slice) -> None:  # checks run on a chunk that lies in the cache
-            check_finite(x[rows], name, (*at[:-1], at[-1] + rows.start))
+        bits, fields = x.view(np.uint32), dict(fmt.layout.fields or {})
+        halves = [fields[field][1] for field in ("d", "dmin", "m") if field in fields]
+
+        def work(rows: slice) -> None:  # compiled checks, on a chunk that lies in the cache
+            if not all_finite(bits[rows]):
+                check_finite(x[rows], name, (*at[:-1], at[-1] + rows.start))
             loop(x[rows], dummy, weighted, out[rows])
-            blocks = out[rows].view(fmt.layout)
-            for field in halves:
-                _refuse_overflow(blocks[field], x[rows], fmt, name)
+            if not all(halves_finite(out[rows], offset, fmt.block_bytes()) for offset in halves):
+                _refuse_overflow(x[rows], fmt, name)
 
         map_rows(work, x.shape[0], x.shape[1], threads)
         return out

@@ -25,6 +25,28 @@ ROUND = np.float32(12582912.0)
 TINY = np.float32(1e-15)  # ggml's GROUP_MAX_EPS: a block below this is all zero
 
 
+@njit(**OPTIONS)
+def all_finite(bits):
+    """Whether no float32 (given as uint32 rows) is NaN or infinite: none has all bits of the exponent set."""
+    bad = np.uint32(0)
+    for r in range(bits.shape[0]):
+        row = bits[r]
+        for i in range(row.shape[0]):
+            bad |= np.uint32((row[i] & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+    return bad == np.uint32(0)
+
+
+@njit(**OPTIONS)
+def halves_finite(packed, at, block_bytes):
+    """Whether the half-precision number at byte ``at`` of every block is finite. packed: uint8 rows."""
+    bad = 0
+    for r in range(packed.shape[0]):
+        row = packed[r]
+        for b in range(row.shape[0] // block_bytes):
+            bad |= 1 if (row[block_bytes * b + at + 1] & 0x7C) == 0x7C else 0
+    return bad == 0
+
+
 @njit(inline="always", **OPTIONS)
 def to_half(value):
     """float32 → bits of IEEE half, ties to even, overflow to infinity."""

@@ -6,7 +6,7 @@ version, for the architectures quantkit knows. Tests hold them against llama_mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
 from quantkit.checkpoint.roles import Role
@@ -71,6 +71,11 @@ def standard_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | No
         formats[info.name] = _choose(state, checkpoint, info)
     tensors = {t: Assignment(formats[t][0], "ggml", formats[t][1]) for t in checkpoint.tensors}
     plan = Plan(f"standard-{mix}", mix, checkpoint.identity, tensors, use_importance=use_importance, uncovered_as_ones=True)
+    if stats is not None and use_importance:
+        for name, entry in stats.tensors.items():
+            if entry.uncovered and name in tensors:
+                words = f"; experts {entry.uncovered} have no statistics and are weighted with ones, as in llama-quantize"
+                tensors[name] = replace(tensors[name], reason=tensors[name].reason + words)
     plan.bpw = bits_per_weight(checkpoint, plan)
     plan.file_bytes = planned_bytes(checkpoint, plan, stats)
     return plan
