@@ -255,12 +255,16 @@ def _write_tensors(job: Job, writer: GgufWriter, specs: list[TensorSpec], advanc
 
 
 def _hash_file(writer: GgufWriter) -> str:
+    """SHA-256 of the file as it stands, read back while the disk takes what is still on its way."""
     digest = hashlib.sha256()
     handle = writer.handle
     handle.flush()
-    handle.seek(0)
-    while part := handle.read(1 << 22):
-        digest.update(part)
+    with ThreadPoolExecutor(1) as flusher:
+        flushing = flusher.submit(os.fdatasync, handle.fileno())
+        handle.seek(0)
+        while part := handle.read(1 << 22):
+            digest.update(part)
+        flushing.result()
     return digest.hexdigest()
 
 
