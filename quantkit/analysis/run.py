@@ -61,13 +61,7 @@ def analyze(
         checkpoint.require_unquantized()
     key = analysis_key(checkpoint, calibration, imatrix, tokens, probes)
     text = load_calibration(checkpoint, calibration, tokens)
-    facts: dict[str, LinearFacts] = {}
-    if imatrix is not None:
-        stats = read_imatrix(imatrix)
-        check_stats(stats, checkpoint)
-    else:
-        measured = calibrate(checkpoint, text, progress)
-        stats, facts = measured.stats, measured.facts
+    stats, facts = _statistics(checkpoint, text, imatrix, progress)
     work.mkdir(parents=True, exist_ok=True)
     (work / ANALYSIS).unlink(missing_ok=True)  # an old analysis must not outlive its statistics
     write_imatrix(work / IMATRIX, stats)
@@ -101,6 +95,18 @@ def analyze(
 
     draw_analysis(sensitivity, work / PICTURE)
     return sensitivity, stats
+
+
+def _statistics(
+    checkpoint: Checkpoint, text: CalibrationText, imatrix: Path | None, progress: Progress
+) -> tuple[ActivationStats, dict[str, LinearFacts]]:
+    """Statistics measured on the text, or read from an imatrix (which tells nothing of peaks)."""
+    if imatrix is None:
+        measured = calibrate(checkpoint, text, progress)
+        return measured.stats, measured.facts
+    stats = read_imatrix(imatrix)
+    check_stats(stats, checkpoint)
+    return stats, {}
 
 
 def analysis_key(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,16 +89,6 @@ class Checkpoint:
         """A whole tensor as float32 in its own shape."""
         info = self.info(name)
         return self.read_rows(name, 0, info.rows).reshape(info.shape)
-
-    def slices(self, name: str, max_weights: int) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
-        """(expert, first row within the expert, float32 rows) that together cover a tensor in order."""
-        info = self.info(name)
-        per_expert = info.rows // info.experts
-        step = max(1, max_weights // info.columns)
-        for expert in range(info.experts):
-            for row in range(0, per_expert, step):
-                stop = min(row + step, per_expert)
-                yield expert, row, self.read_rows(name, expert * per_expert + row, expert * per_expert + stop)
 
     def info(self, name: str) -> TensorInfo:
         """Facts about one tensor. Raises CheckpointError with near names if it is missing."""

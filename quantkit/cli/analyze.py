@@ -37,7 +37,8 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
             f"(input {weight['input_spike']:.0f} ×, output {weight['output_spike']:.0f} × its root mean square)"
         )
     if not sensitivity.super_weights:
-        click.echo("super weights: none found")
+        searched = sensitivity.calibration.get("imatrix") is None
+        click.echo("super weights: none found" if searched else "super weights: not searched, the statistics came from a file")
     for name, tensor in sensitivity.tensors.items():
         if tensor.uncovered_experts:
             click.echo(f"not reached by the calibration text: experts {tensor.uncovered_experts} of {name}", err=True)
