@@ -7,9 +7,10 @@ import platform
 import subprocess
 import sys
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from quantkit.versions import package_versions
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -34,12 +35,7 @@ def environment() -> dict[str, Any]:
     dirty = bool(
         subprocess.run(["git", "status", "--porcelain", "quantkit"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     )
-    packages = {}
-    for name in ("quantkit-llm", "torch", "transformers", "numpy", "numba", "scipy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    packages = package_versions("torch", "transformers", "numpy", "numba", "scipy")
     packages["llama.cpp"] = f"llama-cpp-python {build_llama.VERSION}"
     return {
         "date": date.today().isoformat(), "commit": commit + ("+changes" if dirty else ""), "processor": _processor(),

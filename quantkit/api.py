@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.analysis.imatrix import check_stats, read_imatrix
+from quantkit.analysis.imatrix import check_stats, load_stats, read_imatrix
 from quantkit.analysis.run import ANALYSIS, IMATRIX, TOKENS, analysis_key, work_directory
 from quantkit.analysis.run import analyze as run_analysis
 from quantkit.analysis.sensitivity import Sensitivity
@@ -117,8 +117,7 @@ def plan(
     Keywords: ``bpw``, ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options.
     Raises PlanError with the sizes that can be had if the budget is impossible.
     """
-    names = ("bpw", "size", "fit", "like", "run")
-    request = request or Request(**{k: keywords.pop(k) for k in names if k in keywords})
+    request = request or Request.of(keywords)
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     return _dynamic(checkpoint, request, keep, options)[0]
@@ -151,8 +150,7 @@ def quantize(
     plan.json. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
     under the final name.
     """
-    names = ("bpw", "size", "fit", "like", "run")
-    request = request or Request(**{k: keywords.pop(k) for k in names if k in keywords})
+    request = request or Request.of(keywords)
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     if out is not None:
@@ -177,8 +175,7 @@ def quantize(
 def _resolve_plan(
     checkpoint: Checkpoint, plan: str | Plan, request: Request, keep: Sequence[str], use_importance: bool, options: Options
 ) -> tuple[Plan, ActivationStats | None]:
-    sized = bool(keep) or any(v is not None for v in (request.bpw, request.size, request.fit, request.like))
-    if sized and plan != "dynamic":
+    if (keep or request.given) and plan != "dynamic":
         raise PlanError(
             f"--plan {plan if isinstance(plan, str) else plan.name} has its own size",
             hint="leave out --bpw, --size, --fit, --like and --keep, or use --plan dynamic",
@@ -227,17 +224,11 @@ def _given_plan(
 def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats | None:
     """Statistics that the user gave or an earlier analysis left; None where there are none."""
     if options.imatrix is not None:
-        stats = read_imatrix(options.imatrix)
-        check_stats(stats, checkpoint)
-        return stats
+        return load_stats(options.imatrix, checkpoint)
     if options.calibration:
         return _analysis(checkpoint, options)[1]
     path = work_directory(checkpoint.path, options.work) / IMATRIX
-    if not path.exists():
-        return None
-    stats = read_imatrix(path)
-    check_stats(stats, checkpoint)
-    return stats
+    return load_stats(path, checkpoint) if path.exists() else None
 
 
 def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:

@@ -16,6 +16,7 @@ import quantkit
 PACKAGE = Path(quantkit.__file__).parent
 ORDER = [
     "errors",
+    "versions",
     "progress",
     "metrics",
     "formats",

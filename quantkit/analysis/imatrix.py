@@ -110,3 +110,10 @@ def check_stats(stats: ActivationStats, checkpoint: Checkpoint) -> None:
             stats.tensors[name] = TensorStats(
                 np.repeat(entry.sum_squares, info.experts, axis=0), np.repeat(entry.counts, info.experts)
             )
+
+
+def load_stats(path: Path, checkpoint: Checkpoint) -> ActivationStats:
+    """Read an imatrix and check that it belongs to the model. Raises CalibrationError if not."""
+    stats = read_imatrix(path)
+    check_stats(stats, checkpoint)
+    return stats

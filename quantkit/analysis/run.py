@@ -10,7 +10,7 @@ import numpy as np
 
 from quantkit.analysis.calibration import LinearFacts, calibrate
 from quantkit.analysis.fisher import measure_fisher
-from quantkit.analysis.imatrix import check_stats, read_imatrix, write_imatrix
+from quantkit.analysis.imatrix import load_stats, write_imatrix
 from quantkit.analysis.predict import balanced_formats, fill_predictions, fit_composition, probe_formats, summed_cost
 from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity, decode_after_encode, measure_errors
 from quantkit.analysis.superweights import find_super_weights
@@ -104,9 +104,7 @@ def _statistics(
     if imatrix is None:
         measured = calibrate(checkpoint, text, progress)
         return measured.stats, measured.facts
-    stats = read_imatrix(imatrix)
-    check_stats(stats, checkpoint)
-    return stats, {}
+    return load_stats(imatrix, checkpoint), {}
 
 
 def analysis_key(

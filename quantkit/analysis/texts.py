@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from quantkit.modeling.text import TextEncoder
 DATA = Path(__file__).parent / "data"
 DEFAULT_MIX = ("web.txt", "wiki.txt", "code.txt", "dialogue.txt", "chat.jsonl")
 WINDOW = 512
+SHORTEST = 32  # tokens of text below which there is nothing to calibrate on
 DEV_EVERY = 4  # every fourth window is set aside: probes judge on it, statistics never see it
 
 
@@ -72,17 +72,16 @@ def token_windows(texts: list[str], encoder: TextEncoder, window: int, limit: in
 
     Every window starts with the beginning-of-text token if the model wants one.
     """
-    lead = [] if encoder.bos is None else [encoder.bos]
-    body = window - len(lead)
     share = max(1, limit // window // len(texts))
     rows = []
     for text in texts:
-        ids = encoder.encode(text)
-        count = len(ids) // body
-        picks: Any = np.unique(np.linspace(0, count - 1, min(share, count)).astype(int)) if count else []
-        rows += [lead + ids[i * body : (i + 1) * body] for i in picks]
-        if not count and len(texts) == 1 and len(ids) >= 32:  # one short text: a single shorter window
-            return np.array([lead + ids], dtype=np.int64)
+        found = encoder.windows(text, window)
+        count = len(found)
+        rows += [found[i] for i in np.unique(np.linspace(0, count - 1, min(share, count)).astype(int))]
+    if not rows and len(texts) == 1:  # one short text: a single shorter window
+        length = len(encoder.encode(texts[0]))
+        if length >= SHORTEST:
+            rows = encoder.windows(texts[0], length + (encoder.bos is not None))
     if not rows:
         raise CalibrationError(f"the calibration text has fewer than {window} tokens", hint="give more text with --calibration")
     return np.array(rows, dtype=np.int64)

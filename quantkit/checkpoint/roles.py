@@ -37,7 +37,6 @@ _BY_STEM = {
     "ffn_gate_inp": Role.ROUTER, "ffn_gate_inp_shexp": Role.ROUTER,
 }  # fmt: skip
 
-EXPERT_ROLES = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
 SHARED_ROLES = frozenset({Role.SHARED_GATE, Role.SHARED_UP, Role.SHARED_DOWN})
 ATTENTION_ROLES = frozenset({Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V, Role.ATTN_O})
 

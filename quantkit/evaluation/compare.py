@@ -22,6 +22,7 @@ from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
 from quantkit.modeling.text import TextEncoder
 from quantkit.progress import Progress
 from quantkit.quantizer.manifest import Manifest, manifest_path
+from quantkit.versions import package_versions
 
 REFERENCE_BYTES = 1 << 30  # log-probabilities of the original held at a time
 VERSION = 1
@@ -64,13 +65,10 @@ def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, l
     Raises CalibrationError if there is not one whole window.
     """
     encoder = TextEncoder(checkpoint)
-    lead = [] if encoder.bos is None else [encoder.bos]
-    body = window - len(lead)
     share = max(1, limit // window // len(texts)) if limit else None
     rows = []
     for path in texts:
-        ids = encoder.encode(read_text(path, encoder))
-        rows += [lead + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)][:share]
+        rows += encoder.windows(read_text(path, encoder), window)[:share]
     if not rows:
         raise CalibrationError(f"the text has fewer than {window} tokens", hint="give a longer text with --text")
     return np.array(rows, dtype=np.int64)
@@ -119,7 +117,7 @@ def compare(
         tokens=rows[0].divergence.tokens if rows else 0,
         window=window,
         candidates=rows,
-        versions=_versions(runtime),
+        versions=package_versions("torch", "transformers", *(("llama-cpp-python",) if runtime == "llama" else ())),
     )
 
 
@@ -188,15 +186,3 @@ def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Ca
 
 def _bytes_of(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in checkpoint.weight_files)
-
-
-def _versions(runtime: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    out = {}
-    for name in ("quantkit-llm", "torch", "transformers", *(("llama-cpp-python",) if runtime == "llama" else ())):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out

@@ -18,8 +18,6 @@ from quantkit.modeling.skeleton import materialized_model
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run as write_artifact
 
-RUNTIMES = ("torch", "llama")
-
 
 class Runner(Protocol):
     """A loaded model."""

@@ -41,6 +41,13 @@ class TextEncoder:
         """Token ids of ``text``, nothing added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def windows(self, text: str, window: int) -> list[list[int]]:
+        """Whole windows of ``window`` ids without overlap, each with the beginning-of-text id where the model wants one."""
+        lead = [] if self.bos is None else [self.bos]
+        body = window - len(lead)
+        ids = self.encode(text)
+        return [lead + ids[i : i + body] for i in range(0, len(ids) - body + 1, body)]
+
     def decode(self, ids: list[int]) -> str:
         """Text of token ids."""
         return self._tokenizer.decode(ids)

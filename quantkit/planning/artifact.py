@@ -8,6 +8,7 @@ from quantkit.checkpoint.gguf_writer import TensorSpec, file_bytes
 from quantkit.encoders.stats import ActivationStats
 from quantkit.formats import get_format
 from quantkit.planning.plan import Plan
+from quantkit.versions import DISTRIBUTION, package_versions
 
 QUANTIZATION_VERSION = 2
 HASH_BYTES = 16  # of each tensor's SHA-256, kept in the file itself
@@ -28,21 +29,9 @@ def tensor_specs(checkpoint: Checkpoint, plan: Plan) -> list[TensorSpec]:
     return [TensorSpec(info.name, info.shape, get_format(plan.tensors[info.name].format)) for info in checkpoint.tensors.values()]
 
 
-def output_metadata(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    stats: ActivationStats | None,
-    hashes: bytes | None = None,
-    base: gv.Metadata | None = None,
-) -> gv.Metadata:
-    """Metadata of the output. ``hashes`` may come later: their place has the right length already."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        own = version("quantkit-llm")
-    except PackageNotFoundError:
-        own = "0"
-    out = dict(base if base is not None else checkpoint.metadata())
+def output_metadata(checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None) -> gv.Metadata:
+    """Metadata of the output; the place of the hashes is zeros of the right length."""
+    out = checkpoint.metadata()
     out["general.quantization_version"] = gv.u32(QUANTIZATION_VERSION)
     out["general.file_type"] = gv.u32(FILE_TYPES.get(plan.label, 0))
     if stats is not None and plan.use_importance:
@@ -50,9 +39,9 @@ def output_metadata(
         out["quantize.imatrix.dataset"] = gv.string(", ".join(stats.datasets))
         out["quantize.imatrix.entries_count"] = gv.u32(len(stats.tensors))
         out["quantize.imatrix.chunks_count"] = gv.u32(stats.chunks)
-    out[VERSION_KEY] = gv.string(own)
+    out[VERSION_KEY] = gv.string(package_versions().get(DISTRIBUTION, "0"))
     out[PLAN_NAME] = gv.string(plan.name)
-    out[HASHES] = gv.array(gv.U8, list(hashes or bytes(HASH_BYTES * len(checkpoint.tensors))))
+    out[HASHES] = gv.array(gv.U8, list(bytes(HASH_BYTES * len(checkpoint.tensors))))
     return out
 
 

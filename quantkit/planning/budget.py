@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.gguf_checkpoint import split_files
@@ -40,8 +41,18 @@ class Request:
     like: str | None = None
     run: Run = field(default_factory=Run)
 
+    @staticmethod
+    def of(keywords: dict[str, Any]) -> Request:
+        """Take the fields of a request out of ``keywords``."""
+        return Request(**{field.name: keywords.pop(field.name) for field in fields(Request) if field.name in keywords})
+
+    @property
+    def given(self) -> list[str]:
+        """Names of the sizes that were asked for: none or one."""
+        return [name for name in ("bpw", "size", "fit", "like") if getattr(self, name) is not None]
+
     def __post_init__(self) -> None:
-        given = [name for name in ("bpw", "size", "fit", "like") if getattr(self, name) is not None]
+        given = self.given
         if len(given) > 1:
             raise PlanError(f"--{given[0]} and --{given[1]} exclude each other", hint="give one of them")
         if self.bpw is not None and not 0 < self.bpw <= 32:

@@ -22,11 +22,6 @@ LABELS = ((0.0, "Q2_K"), (3.1, "Q3_K_M"), (4.3, "Q4_K_M"), (5.3, "Q5_K_M"), (6.2
 CostOf = Callable[[TensorInfo, type[Format]], float]
 
 
-def unquantized_format(info: TensorInfo) -> str:
-    """Format of a tensor that llama.cpp never quantizes: F32."""
-    return "F32"
-
-
 def predicted_cost(sensitivity: Sensitivity) -> CostOf:
     """Cost of a tensor in a format from the analysis; a format it did not measure costs as the next coarser one that it did."""
 
@@ -79,15 +74,16 @@ def dynamic_plan(
     groups = policy.groups(checkpoint)
     options = [_options(group, policy, cost) for group in groups]
     smallest = _assemble(checkpoint, groups, [min(o, key=lambda c: c.nbytes) for o in options])
-    largest = _assemble(checkpoint, groups, [max(o, key=lambda c: c.nbytes) for o in options])
-    rest = planned_bytes(checkpoint, smallest, stats) - sum(min(c.nbytes for c in o) for o in options)
-    low, high = planned_bytes(checkpoint, smallest, stats), planned_bytes(checkpoint, largest, stats)
+    low = planned_bytes(checkpoint, smallest, stats)
     if budget_bytes < low:
+        largest = _assemble(checkpoint, groups, [max(o, key=lambda c: c.nbytes) for o in options])
+        high = planned_bytes(checkpoint, largest, stats)
         raise PlanError(
             f"a file of {budget_bytes:,} bytes is not possible",
             hint=f"sizes from {low:,} bytes ({bits_per_weight(checkpoint, smallest):.2f} bpw) to {high:,} bytes "
             f"({bits_per_weight(checkpoint, largest):.2f} bpw) can be had",
         )
+    rest = low - sum(min(c.nbytes for c in o) for o in options)
     chosen = solve_knapsack(options, budget_bytes - rest)
     plan = _assemble(checkpoint, groups, chosen)
     plan.budget = dict(budget or {"file_bytes": budget_bytes})
@@ -114,7 +110,7 @@ def _options(group: list[TensorInfo], policy: Policy, cost: CostOf) -> list[Choi
 def _assemble(checkpoint: Checkpoint, groups: list[list[TensorInfo]], chosen: list[Choice]) -> Plan:
     formats = {info.name: choice.label for group, choice in zip(groups, chosen, strict=True) for info in group}
     tensors = {
-        info.name: Assignment(formats.get(info.name, unquantized_format(info)), reason="never quantized by llama.cpp")
+        info.name: Assignment(formats.get(info.name, "F32"), reason="never quantized by llama.cpp")
         for info in checkpoint.tensors.values()
     }
     return Plan("dynamic-00.00bpw", "Q4_K_M", checkpoint.identity, tensors)

@@ -33,6 +33,7 @@ from quantkit.progress import Progress
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.stream import in_order
 from quantkit.quantizer.tensor_cache import TensorCache
+from quantkit.versions import package_versions
 
 SLICE_WEIGHTS = 1 << 22  # weights in one slice at most: 16 MiB of float32
 IN_FLIGHT_BYTES = 1 << 29  # memory of all slices that are being read, encoded or wait for the writer
@@ -215,7 +216,7 @@ def _write_file(
             for spec in specs
         },
         importance=(", ".join(job.stats.datasets) or "imatrix") if job.stats is not None else None,
-        versions=_versions(),
+        versions=package_versions("numpy", "numba"),
         seconds=round(time.perf_counter() - started, 3),
     )  # fmt: skip
     write_text(manifest_path(path), manifest.to_json())
@@ -266,15 +267,3 @@ def _hash_file(writer: GgufWriter) -> str:
             digest.update(part)
         flushing.result()
     return digest.hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    out = {}
-    for name in ("quantkit-llm", "numpy", "numba"):
-        try:
-            out[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return out
