@@ -2,7 +2,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-encode bench-quantize clean
+.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-formats bench-low-bits bench-quantize clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -36,8 +36,11 @@ $(VENV)/.installed-dev: pyproject.toml tools/build_llama.py
 bench-allocation: setup-dev  ## dynamic plans against llama-quantize at equal bytes (needs ../shared)
 	$(PY) benchmarks/allocation.py
 
-bench-encode: setup-dev  ## encoders against ggml's C
-	$(PY) benchmarks/encode.py
+bench-formats: setup-dev  ## every format against ggml's C: encode, decode, compile
+	$(PY) benchmarks/formats.py
+
+bench-low-bits: setup-dev  ## about 2 bits per weight: with and without I-quants (needs ../shared)
+	$(PY) benchmarks/low_bits.py
 
 bench-quantize: setup-dev  ## wall time and memory against llama-quantize on a file of over 1 GB
 	$(PY) benchmarks/quantize.py

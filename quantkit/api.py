@@ -29,6 +29,9 @@ from quantkit.planning.plan import Plan
 from quantkit.planning.policy import Keep, Policy
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 from quantkit.progress import Progress
+from quantkit.quantizer.folder import folder_name
+from quantkit.quantizer.folder import run as write_folder
+from quantkit.quantizer.folder_plan import folder_format
 from quantkit.quantizer.manifest import Manifest
 from quantkit.quantizer.pipeline import check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
@@ -77,6 +80,7 @@ def analyze(model: str | Path, options: Options | None = None, **keywords: Any) 
     """
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
+    checkpoint.require_unquantized()
     return _analysis(checkpoint, options)[0]
 
 
@@ -110,21 +114,25 @@ def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) ->
 
 
 def plan(
-    model: str | Path, request: Request | None = None, keep: Sequence[str] = (), options: Options | None = None, **keywords: Any
-) -> Plan:
+    model: str | Path, request: Request | None = None, keep: Sequence[str] = (), options: Options | None = None, *,
+    only: Sequence[str] = (), **keywords: Any,
+) -> Plan:  # fmt: skip
     """The dynamic plan for a budget, written to plan.json in the work directory.
 
-    Keywords: ``bpw``, ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options.
+    keep: ``regex=FORMAT``. only: names or patterns (``Q*_K``) of the formats that may be used. Keywords: ``bpw``, ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options.
     Raises PlanError with the sizes that can be had if the budget is impossible.
     """
     request = request or Request.of(keywords)
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
-    return _dynamic(checkpoint, request, keep, options)[0]
+    checkpoint.require_unquantized()
+    return _dynamic(checkpoint, request, keep, options, only)[0]
 
 
-def _dynamic(checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options) -> tuple[Plan, ActivationStats]:
-    policy = Policy(keeps=[Keep.parse(text) for text in keep])
+def _dynamic(
+    checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options, only: Sequence[str] = ()
+) -> tuple[Plan, ActivationStats]:
+    policy = Policy(keeps=[Keep.parse(text) for text in keep], patterns=tuple(only))
     policy.check_used(checkpoint)
     if request.fit is not None or request.size is not None:
         budget_bytes(request, checkpoint, None)  # what is impossible is refused before the analysis
@@ -141,22 +149,30 @@ def _dynamic(checkpoint: Checkpoint, request: Request, keep: Sequence[str], opti
 
 def quantize(
     model: str | Path, out: str | Path | None = None, plan: str | Plan = "dynamic", request: Request | None = None, *,
-    keep: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None, options: Options | None = None,
-    **keywords: Any,
+    keep: Sequence[str] = (), only: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None,
+    container: str | None = None, options: Options | None = None, **keywords: Any,
 ) -> tuple[Path, Manifest]:  # fmt: skip
-    """Write ``model`` as a quantized GGUF and return its path and manifest.
+    """Write ``model`` as a quantized GGUF, or as a safetensors folder, and return its path and manifest.
 
     plan: ``dynamic``, ``standard:Q4_K_M`` (or just ``Q4_K_M``), ``uniform:Q6_K``, a Plan or the path of a
-    plan.json. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
+    plan.json; ``uniform:NF4_DQ`` and the like give a folder. container: ``gguf`` or ``safetensors``, for formats
+    that both have. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
     under the final name.
     """
     request = request or Request.of(keywords)
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
+    if (fmt := folder_format(plan, container)) is not None:
+        if keep or only or request.given or options.given:
+            hint = "leave out --bpw, --size, --fit, --like, --keep, --formats, --imatrix and --calibration"
+            raise PlanError(f"--plan {plan} has its own size and rounds without activation statistics", hint=hint)
+        target = Path(out or folder_name(checkpoint, fmt))
+        return target, write_folder(checkpoint, fmt, target, force=force, shard_bytes=split_bytes, progress=options.progress)
+    checkpoint.require_unquantized()
     if out is not None:
         check_output(checkpoint, Path(out), force)
         require_folder(Path(out))
-    made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options)
+    made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options, only)
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
     cache = work_directory(checkpoint.path, options.work) / TENSORS
     manifest = run_quantizer(
@@ -173,19 +189,25 @@ def quantize(
 
 
 def _resolve_plan(
-    checkpoint: Checkpoint, plan: str | Plan, request: Request, keep: Sequence[str], use_importance: bool, options: Options
+    checkpoint: Checkpoint,
+    plan: str | Plan,
+    request: Request,
+    keep: Sequence[str],
+    use_importance: bool,
+    options: Options,
+    only: Sequence[str] = (),
 ) -> tuple[Plan, ActivationStats | None]:
-    if (keep or request.given) and plan != "dynamic":
+    if (keep or only or request.given) and plan != "dynamic":
         raise PlanError(
             f"--plan {plan if isinstance(plan, str) else plan.name} has its own size",
-            hint="leave out --bpw, --size, --fit, --like and --keep, or use --plan dynamic",
+            hint="leave out --bpw, --size, --fit, --like, --keep and --formats, or use --plan dynamic",
         )
     if isinstance(plan, Plan):
         return _given_plan(checkpoint, plan, use_importance, options)
     if plan == "dynamic":
         if not use_importance:
             raise PlanError("--no-imatrix goes with standard and uniform plans", hint="a dynamic plan is made from statistics")
-        return _dynamic(checkpoint, request, keep, options)
+        return _dynamic(checkpoint, request, keep, options, only)
     kind, _, name = plan.rpartition(":")
     if not kind and (name.upper() in BASE or name.upper() in ALIASES):
         kind = "standard"
@@ -270,7 +292,7 @@ def compare(
 
 
 def load(path: str | Path) -> Any:
-    """A model in torch (transformers' class, float32) from a checkpoint or a quantized GGUF, ready to run.
+    """A model in torch (transformers' class, float32) from a checkpoint, a quantized GGUF or folder, ready to run.
 
     Raises CheckpointError if the file cannot be read.
     """

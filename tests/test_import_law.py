@@ -18,6 +18,7 @@ ORDER = [
     "errors",
     "versions",
     "progress",
+    "jit",
     "metrics",
     "formats",
     "encoders",

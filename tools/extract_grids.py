@@ -2,7 +2,7 @@
 
     python tools/extract_grids.py
 
-quantkit/formats/grids.py checks the hashes of what this writes.
+quantkit/formats/grids.py checks the hashes of what this writes (it prints them).
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import gguf.quants
 import numpy as np
 
 OUT = Path(__file__).parent.parent / "quantkit" / "formats" / "data"
+TABLES = {"iq1": "IQ1_S", "iq2_xxs": "IQ2_XXS", "iq2_xs": "IQ2_XS", "iq2_s": "IQ2_S", "iq3_xxs": "IQ3_XXS", "iq3_s": "IQ3_S"}
 
 
 def main() -> None:
-    """One file a code book: unsigned bytes, entries × weights of one entry."""
-    for name in ("IQ3_S",):
-        table = getattr(gguf.quants, name)
+    """One file a code book: signed bytes, entries × weights of one entry."""
+    for name, source in TABLES.items():
+        table = getattr(gguf.quants, source)
         table.init_grid()
-        grid = np.asarray(table.grid, np.float32).reshape(-1, table.grid_shape[1])
-        raw = grid.astype(np.uint8).tobytes()
-        path = OUT / f"{name.lower()}_grid.bin"
-        path.write_bytes(raw)
-        print(f"{path.name}: {grid.shape}, sha256 {hashlib.sha256(raw).hexdigest()}")
+        grid = np.asarray(table.grid, np.float32).reshape(table.grid_shape)
+        raw = grid.astype(np.int8).tobytes()
+        (OUT / f"{name}_grid.bin").write_bytes(raw)
+        print(f'    "{name}": ({grid.shape[0]}, {grid.shape[1]}, "{hashlib.sha256(raw).hexdigest()}"),')
 
 
 if __name__ == "__main__":

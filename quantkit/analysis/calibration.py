@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from quantkit.analysis.activations import fp8_error, int8_error
+from quantkit.analysis.activations import fp8, int8, relative_error
 from quantkit.analysis.texts import CalibrationText
 from quantkit.checkpoint import Checkpoint
 from quantkit.encoders.stats import ActivationStats, TensorStats
@@ -90,8 +90,8 @@ class _Moments:
             facts.input_rms = float(x.square().mean().sqrt())
             facts.output_rms = float(y.square().mean().sqrt())
             sample = x[:SAMPLE]
-            facts.int8 = int8_error(sample, weight)
-            facts.fp8 = fp8_error(sample, weight)
+            facts.int8 = relative_error(sample, int8(sample, "token"), weight)
+            facts.fp8 = relative_error(sample, fp8(sample, "tensor"), weight)
 
 
 def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress) -> Calibration:

@@ -13,12 +13,12 @@ from quantkit.formats import get_format
 
 
 def probe_formats(info: TensorInfo, formats: dict[str, FormatCost]) -> list[str]:
-    """Formats to probe for a tensor: the coarsest, one or two in the middle and a fine one."""
+    """Formats to probe for a tensor: a very coarse one, some in the middle and a fine one."""
     quantized = sorted((f for f in formats if get_format(f).is_quantized()), key=lambda f: get_format(f).bpw())
     if len(quantized) <= 3:
         return quantized
     if "Q4_K" in quantized:
-        return [f for f in ("Q2_K", "IQ3_S", "Q4_K", "Q6_K") if f in quantized]
+        return [f for f in (quantized[0], "IQ2_S", "Q4_K", "Q6_K") if f in quantized]
     return [quantized[0], quantized[len(quantized) // 2 - 1], quantized[-2]]
 
 

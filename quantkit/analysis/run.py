@@ -12,10 +12,11 @@ from quantkit.analysis.calibration import LinearFacts, calibrate
 from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.imatrix import load_stats, write_imatrix
 from quantkit.analysis.predict import balanced_formats, fill_predictions, fit_composition, probe_formats, summed_cost
+from quantkit.analysis.schemes import measure_schemes
 from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity, decode_after_encode, measure_errors
 from quantkit.analysis.superweights import find_super_weights
 from quantkit.analysis.texts import DATA, DEFAULT_MIX, CalibrationText, load_calibration
-from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.files import write_text
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError
@@ -24,10 +25,11 @@ from quantkit.progress import Progress
 
 TOKENS = 65536
 FISHER_TOKENS = 8192
+SCHEME_TOKENS = 2048
 PROBE_TOKENS = 8192
 PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
-COMPOSITION_BPW = (3.0, 3.5, 4.0, 4.75, 5.5)
+COMPOSITION_BPW = (2.1, 2.6, 3.0, 3.5, 4.0, 4.75, 5.5)
 ANALYSIS, IMATRIX, PICTURE = "analysis.json", "imatrix.gguf", "analysis.png"
 
 
@@ -57,8 +59,7 @@ def analyze(
     Raises CalibrationError for unusable text or statistics, CheckpointError for a damaged model.
     """
     progress = progress or Progress()
-    if isinstance(checkpoint, GgufCheckpoint):
-        checkpoint.require_unquantized()
+    checkpoint.require_unquantized()
     key = analysis_key(checkpoint, calibration, imatrix, tokens, probes)
     text = load_calibration(checkpoint, calibration, tokens)
     stats, facts = _statistics(checkpoint, text, imatrix, progress)
@@ -84,6 +85,7 @@ def analyze(
         },
         tensors=tensors,
         super_weights=find_super_weights(checkpoint, facts),
+        schemes=measure_schemes(checkpoint, _spread(text.dev, SCHEME_TOKENS), progress),
     )  # fmt: skip
     if probes:
         _probe(checkpoint, stats, sensitivity, text, progress)

@@ -15,15 +15,13 @@ import numpy.typing as npt
 
 from quantkit.analysis.fisher import Fisher
 from quantkit.checkpoint import Checkpoint, TensorInfo
-from quantkit.encoders import get_encoder
+from quantkit.encoders import default_method, get_encoder
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError
-from quantkit.formats import Format, get_format
+from quantkit.formats import Format, formats, get_format
 from quantkit.progress import Progress
 
-VERSION = 1
-OFFERED = ("Q2_K", "IQ3_S", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-OFFERED_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+VERSION = 2
 CHUNK_WEIGHTS = 1 << 21  # weights measured at a time
 SAMPLE_WEIGHTS = 1 << 23  # larger tensors are measured on a sample of their rows
 
@@ -73,6 +71,7 @@ class Sensitivity:
     calibration: dict[str, Any]
     tensors: dict[str, TensorSensitivity]
     super_weights: list[dict[str, Any]] = field(default_factory=list)
+    schemes: list[dict[str, Any]] = field(default_factory=list)
     composition: tuple[float, float] = (1.0, 1.0)
 
     def to_json(self) -> str:
@@ -105,12 +104,14 @@ class Sensitivity:
         return Sensitivity.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
-def offered_formats(info: TensorInfo) -> list[type[Format]]:
-    """Formats the planner may choose from for a tensor, from few to many bits."""
-    names = OFFERED if info.columns % 256 == 0 else OFFERED_32
-    found = [get_format(name) for name in names if get_format(name).fits(info.columns)]
-    found.append(get_format("BF16" if info.dtype == "BF16" else "F16"))
-    return found
+def offered_formats(info: TensorInfo, stats: ActivationStats | None = None) -> list[type[Format]]:
+    """Formats the planner may choose from for a tensor, from few to many bits.
+
+    Formats that ggml writes only with statistics are left out where some expert (or the tensor) has none.
+    """
+    known = stats is not None and stats.covers(info.name)
+    found = [f for f in reversed(formats()) if f.offered and f.fits(info.columns) and (known or not f.needs_importance)]
+    return [*found, get_format("BF16" if info.dtype == "BF16" else "F16")]
 
 
 def decode_after_encode(
@@ -118,10 +119,10 @@ def decode_after_encode(
     importance: npt.NDArray[np.float32] | None,
     fmt: type[Format],
     name: str,
-    method: str = "ggml",
+    method: str | None = None,
 ) -> npt.NDArray[np.float32]:
     """The weights as they come back from the format: float32 (rows, columns)."""
-    return fmt.decode(get_encoder(method).encode(checkpoint_rows, importance, fmt, name=name))
+    return fmt.decode(get_encoder(method or default_method(fmt)).encode(checkpoint_rows, importance, fmt, name=name))
 
 
 def measure_errors(
@@ -143,7 +144,7 @@ def _measure_tensor(checkpoint: Checkpoint, info: TensorInfo, stats: ActivationS
     per_expert = info.rows // info.experts
     stride = max(1, info.size // SAMPLE_WEIGHTS)
     step = max(1, CHUNK_WEIGHTS // info.columns) * stride
-    sums = _Sums([fmt.name for fmt in offered_formats(info)], info.columns)
+    sums = _Sums([fmt.name for fmt in offered_formats(info, stats)], info.columns)
     for expert in range(info.experts):
         importance = stats.importance(info.name, expert)
         share = 1.0

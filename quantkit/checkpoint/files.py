@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -103,33 +104,81 @@ def atomic_file(path: Path, expected_bytes: int | None = None) -> Iterator[Binar
     missing, cannot be written or the disk is full; then nothing is left under any name.
     """
     require_folder(path)
-    folder = path.parent
-    if expected_bytes is not None:
-        stat = os.statvfs(folder)
-        free = stat.f_bavail * stat.f_frsize
-        if free < expected_bytes:
-            raise OutputError(
-                f"{path.name} needs {expected_bytes:,} bytes but {folder} has {free:,} free",
-                hint="free space or choose another output with -o",
-            )
-    part = folder / f".{path.name}.{os.getpid()}.part"
-    try:
-        with open(part, "w+b") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(part, path)
-        descriptor = os.open(folder, os.O_RDONLY)
+    _require_space(path, expected_bytes)
+    part = path.parent / f".{path.name}.{os.getpid()}.part"
+    with _disk_errors(path):
         try:
-            os.fsync(descriptor)
+            with open(part, "w+b") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
         finally:
-            os.close(descriptor)
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, expected_bytes: int, replace: bool) -> Iterator[Path]:
+    """Make a temporary folder beside ``path``; rename it to ``path`` only if the block succeeds.
+
+    The block makes its files lasting itself. With ``replace`` a folder under that name is moved away and deleted
+    last. Raises OutputError as ``atomic_file`` does, and if the name is taken; then nothing is left but what was
+    there before.
+    """
+    require_folder(path)
+    _require_space(path, expected_bytes)
+    part, old = (path.parent / f".{path.name}.{os.getpid()}.{kind}" for kind in ("part", "old"))
+    with _disk_errors(path):
+        try:
+            for leftover in (part, old):  # of a process that was killed and had our number
+                shutil.rmtree(leftover, ignore_errors=True)
+            part.mkdir()
+            yield part
+            sync_folder(part)
+            refuse_existing(path, replace)
+            if path.exists():
+                os.rename(path, old)
+            os.rename(part, path)
+            sync_folder(path.parent)
+        finally:
+            if old.exists() and not path.exists():
+                os.rename(old, path)
+            for folder in (part, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_space(path: Path, expected_bytes: int | None) -> None:
+    """Raise OutputError if the disk has less than ``expected_bytes`` free."""
+    if expected_bytes is None:
+        return
+    stat = os.statvfs(path.parent)
+    free = stat.f_bavail * stat.f_frsize
+    if free < expected_bytes:
+        raise OutputError(
+            f"{path.name} needs {expected_bytes:,} bytes but {path.parent} has {free:,} free",
+            hint="free space or choose another output with -o",
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors into OutputError."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OutputError(f"no space left while writing {path}", hint="free space; nothing was left behind") from None
         raise OutputError(f"cannot write {path}: {error.strerror}", hint="choose another output with -o") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder lasting."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        part.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from quantkit.errors import CheckpointError
 
 
 class GgufCheckpoint(Checkpoint):
-    """A GGUF file whose weights are not quantized (BF16, F16, F32); split files are opened together."""
+    """A GGUF file; the parts of a split one are opened together."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,14 +59,8 @@ class GgufCheckpoint(Checkpoint):
     def weight_files(self) -> list[Path]:
         return [file.path for file in self.files]
 
-    def require_unquantized(self) -> None:
-        """Raise CheckpointError if a tensor is quantized already: quantizing twice loses twice."""
-        for info in self.tensors.values():
-            if info.dtype not in ("F32", "F16", "BF16"):
-                raise CheckpointError(
-                    f"{self.path.name} is quantized already ({info.name} is {info.dtype})",
-                    hint="start from the BF16, F16 or F32 file",
-                )
+    def nbytes(self, name: str) -> int:
+        return self._file_of[name].entries[name].nbytes
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         self.info(name)

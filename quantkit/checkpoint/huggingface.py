@@ -1,12 +1,16 @@
-"""A Hugging Face folder as a checkpoint: config.json, safetensors (sharded or not), tokenizer."""
+"""A Hugging Face folder as a checkpoint: config.json, safetensors (sharded or not), tokenizer.
+
+If config.json has a ``quantization_config``, the weights are decoded when they are read.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +18,11 @@ import numpy.typing as npt
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.families import family_of_hf, head_dim
 from quantkit.checkpoint.files import read_json
+from quantkit.checkpoint.quantization import read_formats
+from quantkit.checkpoint.quantized import DecodedTensors
 from quantkit.checkpoint.roles import layer_of
-from quantkit.checkpoint.safetensors_reader import SafetensorsFile
-from quantkit.checkpoint.shapes import check_config
+from quantkit.checkpoint.safetensors_reader import Entry, SafetensorsFile
+from quantkit.checkpoint.shapes import check_config, expected_shapes
 from quantkit.checkpoint.source import Checkpoint, TensorInfo
 from quantkit.checkpoint.tokenizer import tokenizer_metadata
 from quantkit.errors import CheckpointError
@@ -24,17 +30,29 @@ from quantkit.errors import CheckpointError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+class Source(Protocol):
+    """What holds tensors: a safetensors file, or a view of several."""
+
+    path: Path
+    entries: dict[str, Entry]
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start…stop of a tensor as float32."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """Where one matrix lies; ``heads`` tells into how many heads its rows are to be permuted."""
 
-    file: SafetensorsFile
+    file: Source
     name: str
     heads: int | None = None
 
 
 class HfCheckpoint(Checkpoint):
     """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer."""
+
+    plain_types = (*Checkpoint.plain_types, "F64")
 
     def __init__(self, folder: Path, pre_tokenizer: str | None = None) -> None:
         self.path = folder
@@ -43,6 +61,7 @@ class HfCheckpoint(Checkpoint):
         self.family = family_of_hf(str(names[0]) if isinstance(names, list) else str(names))
         check_config(self.config, self.family, "config.json")
         self._pre_tokenizer = pre_tokenizer
+        self.shards = self._shards()
         self._parts: dict[str, list[_Part]] = {}
         self._computed: dict[str, npt.NDArray[np.float32]] = {}
         self.tensors = {}
@@ -51,7 +70,7 @@ class HfCheckpoint(Checkpoint):
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted({part.file.path for parts in self._parts.values() for part in parts})
+        return [shard.path for shard in self.shards]
 
     def _read_config(self) -> dict[str, Any]:
         file = self.path / "config.json"
@@ -60,7 +79,16 @@ class HfCheckpoint(Checkpoint):
         config = read_json(file)
         if config.get("num_experts") is None and config.get("num_local_experts"):
             config["num_experts"] = config["num_local_experts"]
+        self.quantization: dict[str, Any] = config.pop("quantization_config", None) or {}
         return config
+
+    def _sources(self) -> Sequence[Source]:
+        """What holds the model's tensors: the files, or a view that decodes them."""
+        if not self.quantization:
+            return self.shards
+        source = self.path.resolve().name
+        formats = read_formats(self.quantization, source)
+        return [DecodedTensors(self.shards, formats, self.family, expected_shapes(self.config, self.family), source)]
 
     def _shards(self) -> list[SafetensorsFile]:
         index = self.path / "model.safetensors.index.json"
@@ -96,7 +124,7 @@ class HfCheckpoint(Checkpoint):
             "attn_k": config.get("num_key_value_heads") or config.get("num_attention_heads"),
         }
         unknown = []
-        for shard in self._shards():
+        for shard in self._sources():
             for hf_name in shard.entries:
                 target = self.family.to_gguf(hf_name)
                 if target is None:
@@ -153,6 +181,10 @@ class HfCheckpoint(Checkpoint):
             shape = (shape[-1],)
         self._parts[name] = parts
         self.tensors[name] = TensorInfo(name, shape, first.dtype)
+
+    def nbytes(self, name: str) -> int:
+        parts = self._parts.get(name)
+        return sum(part.file.entries[part.name].nbytes for part in parts) if parts else self._computed[name].nbytes
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         if name in self._computed:

@@ -9,13 +9,16 @@ from quantkit.checkpoint.huggingface import PICKLES, HfCheckpoint
 from quantkit.checkpoint.source import Checkpoint
 from quantkit.errors import CheckpointError
 from quantkit.formats import formats
+from quantkit.formats.tensors import tensor_formats
 
 
 def require_readable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a tensor has a type that quantkit cannot decode."""
-    known = {fmt.name for fmt in formats()}
-    if not isinstance(checkpoint, GgufCheckpoint):
-        known |= {"F64"}  # safetensors may hold it
+    known = set(checkpoint.plain_types)
+    if isinstance(checkpoint, GgufCheckpoint):
+        known |= {fmt.name for fmt in formats()}
+    elif isinstance(checkpoint, HfCheckpoint) and checkpoint.quantization:
+        known |= {fmt.name for fmt in tensor_formats()}
     for info in checkpoint.tensors.values():
         if info.dtype not in known:
             raise CheckpointError(

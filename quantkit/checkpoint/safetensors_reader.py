@@ -36,6 +36,11 @@ class Entry:
     start: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.end - self.start
+
 
 class SafetensorsFile:
     """One safetensors file; ``entries`` maps names to :class:`Entry`."""
@@ -92,6 +97,13 @@ class SafetensorsFile:
             position = entry.end
         if position != self.file.size:
             raise self._fail(f"{self.file.size - position} bytes after the last tensor")
+
+    def read_bits(self, name: str) -> np.ndarray:
+        """A whole tensor in its own shape, as the NumPy type of its stored bits."""
+        entry = self.entries[name]
+        raw = np.empty(entry.shape, np.dtype(DTYPES[entry.dtype][0]))
+        self.file.read_into(entry.start, raw.reshape(-1).view(np.uint8).data)
+        return raw
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start…stop of a float tensor as float32; a vector counts as one row.

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +76,7 @@ class Checkpoint:
     family: Family
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
+    plain_types: ClassVar[tuple[str, ...]] = ("F32", "F16", "BF16")
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start…stop of a tensor (rows of all experts in sequence) as float32 (rows, columns)."""
@@ -84,6 +85,19 @@ class Checkpoint:
     def metadata(self) -> gv.Metadata:
         """GGUF metadata of the unquantized model, tokenizer included."""
         raise NotImplementedError
+
+    def nbytes(self, name: str) -> int:
+        """Bytes that a tensor takes in the file; 0 if its type is unknown."""
+        raise NotImplementedError
+
+    def require_unquantized(self) -> None:
+        """Raise CheckpointError if a tensor is quantized already: quantizing twice loses twice."""
+        for info in self.tensors.values():
+            if info.dtype not in self.plain_types:
+                raise CheckpointError(
+                    f"{self.path.resolve().name} is quantized already ({info.name} is {info.dtype})",
+                    hint="start from the BF16, F16 or F32 model",
+                )
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """A whole tensor as float32 in its own shape."""

@@ -10,9 +10,9 @@ COMMANDS = {
     "inspect": "What is in a model: architecture, tensors, roles, shapes, bytes.",
     "analyze": "What hurts: the cost of every tensor in every format, super weights, outliers.",
     "plan": "Spend a byte budget where it matters, and say why.",
-    "quantize": "Write a quantized GGUF; runs what is missing, reuses what is there.",
+    "quantize": "Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.",
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
-    "verify": "Check a file against its manifest and its own hashes.",
+    "verify": "Check a file or folder against its manifest and its own hashes.",
     "formats": "Every format: bits, block, container, speed class.",
 }
 

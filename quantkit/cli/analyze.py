@@ -31,6 +31,7 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
         return
     work = work_directory(model, values["work"])
     print_sensitivity(sensitivity)
+    print_schemes(sensitivity)
     for weight in sensitivity.super_weights:
         click.echo(
             f"super weight: {weight['tensor']}[{weight['row']}, {weight['column']}] = {weight['value']:.4g} "
@@ -43,6 +44,19 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
         if tensor.uncovered_experts:
             click.echo(f"not reached by the calibration text: experts {tensor.uncovered_experts} of {name}", err=True)
     click.echo(f"written: {work / ANALYSIS}, {work / IMATRIX}, {work / PICTURE}")
+
+
+def print_schemes(sensitivity: Any) -> None:
+    """What running the model with quantized activations or cache would cost."""
+    rows = [
+        [
+            s["name"],
+            s["what"],
+            f"{s['kld']:.2e} ± {s['kld_error']:.0e}" if s["kld"] is not None else f"not possible: {s['why_not']}",
+        ]
+        for s in sensitivity.schemes
+    ]
+    print_table("activations and KV cache", ["run as", "what is quantized", "measured KLD, nats per token"], rows, left=2)
 
 
 def print_sensitivity(sensitivity: Any) -> None:

@@ -21,9 +21,9 @@ def command(model: Path, tensor: str | None, pre_tokenizer: str | None, as_json:
     from quantkit.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model, pre_tokenizer=pre_tokenizer)
-    why = _reasons(model)
+    why = _reasons(checkpoint)
     infos = [checkpoint.info(tensor)] if tensor else list(checkpoint.tensors.values())
-    rows = [_row(info, why.get(info.name)) for info in infos]
+    rows = [_row(checkpoint, info, why.get(info.name)) for info in infos]
     document = {
         "model": model.name, "architecture": checkpoint.family.arch, "layers": checkpoint.n_layers,
         "weights": checkpoint.n_weights, "tied_head": checkpoint.tied, "tensors": rows,
@@ -31,7 +31,7 @@ def command(model: Path, tensor: str | None, pre_tokenizer: str | None, as_json:
     if as_json:
         emit_json(document)
         return
-    total = sum(_bytes(info) for info in checkpoint.tensors.values())
+    total = sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
     click.echo(f"{checkpoint.path.name}: {checkpoint.family.arch}, {checkpoint.n_layers} layers, {checkpoint.n_weights:,} weights, "
                f"{'tied head' if checkpoint.tied else 'own head'}, {size(total)} of tensor data")  # fmt: skip
     if tensor:
@@ -41,28 +41,15 @@ def command(model: Path, tensor: str | None, pre_tokenizer: str | None, as_json:
     print_table("", columns, [_cells(r, bool(why)) for r in rows], left=4)
 
 
-def _row(info: Any, why: str | None) -> dict[str, Any]:
+def _row(checkpoint: Any, info: Any, why: str | None) -> dict[str, Any]:
     from quantkit.formats import formats, get_format
 
     fits = [f.name for f in formats() if f.is_quantized() and f.fits(info.columns)] if info.quantizable else []
     return {
         "name": info.name, "role": info.role.value, "layer": info.layer, "type": info.dtype, "shape": list(info.shape),
-        "bytes": _bytes(info), "fits": fits, "why": why,
+        "bytes": checkpoint.nbytes(info.name), "fits": fits, "why": why,
         "bytes_by_format": {name: get_format(name).row_bytes(info.columns) * info.rows for name in fits},
     }  # fmt: skip
-
-
-def _bytes(info: Any) -> int:
-    from quantkit.formats import formats
-
-    known = {fmt.name: fmt for fmt in formats()}
-    return (
-        known[info.dtype].row_bytes(info.columns) * info.rows
-        if info.dtype in known
-        else 8 * info.size
-        if info.dtype == "F64"
-        else 0
-    )
 
 
 def _cells(row: dict[str, Any], with_why: bool) -> list[str]:
@@ -71,11 +58,15 @@ def _cells(row: dict[str, Any], with_why: bool) -> list[str]:
     return [*cells, row["why"] or ""] if with_why else cells
 
 
-def _reasons(model: Path) -> dict[str, str]:
-    """Why each tensor of one of our files is what it is, from the manifest beside it."""
+def _reasons(checkpoint: Any) -> dict[str, str]:
+    """Why each tensor of one of our files is what it is, from its manifest."""
     from quantkit.quantizer.manifest import Manifest, manifest_path
 
-    if model.is_dir() or not manifest_path(model).exists():
+    path = manifest_path(checkpoint.path)
+    if not path.exists():
         return {}
-    path = manifest_path(model)
-    return {name: entry.get("reason", "") for name, entry in Manifest.read(path).tensors.items()}
+    reasons = {name: entry.get("reason", "") for name, entry in Manifest.read(path).tensors.items()}
+    if not checkpoint.path.is_dir():
+        return reasons
+    names = {name: checkpoint.family.to_gguf(name) for name in reasons}  # a folder has Hugging Face's names
+    return {target[0]: reasons[name] for name, target in names.items() if target}

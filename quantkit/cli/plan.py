@@ -24,7 +24,7 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
     from quantkit.api import PLAN, plan
 
     options = make_options(values)
-    made = plan(model, make_request(values), values["keep"], options)
+    made = plan(model, make_request(values), values["keep"], options, only=values["only"])
     stop_all()
     if as_json:
         emit_json(json.loads(made.to_json()))

@@ -14,15 +14,18 @@ from quantkit.progress import stop_all
 
 @click.command(
     "quantize",
-    help="""Write a quantized GGUF; runs what is missing, reuses what is there.
+    help="""Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.
 
 MIX is the short form that users of llama-quantize type: quantkit quantize MODEL Q4_K_M.""",
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("mix", required=False)
-@click.option("--plan", help="dynamic (default), standard:Q4_K_M, uniform:Q6_K or a plan.json.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file (default: a name by llama.cpp's convention).")
-@click.option("--split-max-size", help="Write parts of at most this size (2GiB), named as llama.cpp names them.")
+@click.option("--plan", help="dynamic (default), standard:Q4_K_M, uniform:Q6_K, uniform:NF4_DQ (a folder) or a plan.json.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output file or folder (default: a name by convention).")
+@click.option(
+    "--container", type=click.Choice(["gguf", "safetensors"]), help="For formats that both have (MXFP4, NVFP4): GGUF unless told."
+)
+@click.option("--split-max-size", help="Write parts of at most this size (2GiB), named by convention.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics (standard and uniform plans, plan.json)."
@@ -36,6 +39,7 @@ def command(
     mix: str | None,
     plan: str | None,
     output: Path | None,
+    container: str | None,
     split_max_size: str | None,
     force: bool,
     no_imatrix: bool,
@@ -51,8 +55,8 @@ def command(
         raise PlanError(f"both {mix} and --plan {plan} name a plan", hint="give one of them")
     options = make_options(values)
     path, manifest = quantize(
-        model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], use_importance=not no_imatrix,
-        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, options=options,
+        model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], only=values["only"], use_importance=not no_imatrix,
+        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, options=options,
     )  # fmt: skip
     stop_all()
     if as_json:
@@ -63,6 +67,8 @@ def command(
     for name, entry in manifest.tensors.items():
         if "weighted with ones" in entry["reason"]:
             click.echo(f"note: {name}: {entry['reason'].split('; ', 1)[1]}", err=True)
+    for note in manifest.notes:
+        click.echo(f"note: {note}", err=True)
     predicted = manifest.plan.get("predicted_kld")
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "

@@ -10,7 +10,7 @@ import click
 from quantkit.cli.output import emit_json, guarded
 
 
-@click.command("verify", help="Check a file against its manifest and the hashes in its metadata.")
+@click.command("verify", help="Check a file or folder against its manifest, and a file against the hashes in its metadata.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded

@@ -2,9 +2,11 @@
 
 from quantkit.encoders.base import Encoder
 from quantkit.encoders.ggml import GgmlEncoder
-from quantkit.errors import PlanError
+from quantkit.encoders.nearest import NearestEncoder
+from quantkit.errors import FormatError, PlanError
+from quantkit.formats import Format
 
-ENCODERS: dict[str, Encoder] = {encoder.method: encoder for encoder in (GgmlEncoder(),)}
+ENCODERS: dict[str, Encoder] = {encoder.method: encoder for encoder in (GgmlEncoder(), NearestEncoder())}
 
 
 def get_encoder(method: str) -> Encoder:
@@ -14,4 +16,12 @@ def get_encoder(method: str) -> Encoder:
     return ENCODERS[method]
 
 
-__all__ = ["ENCODERS", "Encoder", "get_encoder"]
+def default_method(fmt: type[Format]) -> str:
+    """The first method that writes a format. Raises FormatError if none does."""
+    for method, encoder in ENCODERS.items():
+        if encoder.writes(fmt):
+            return method
+    raise FormatError(f"no method writes {fmt.name}", hint="`quantkit formats` lists what can be written")
+
+
+__all__ = ["ENCODERS", "Encoder", "default_method", "get_encoder"]

@@ -24,6 +24,10 @@ class Encoder:
     version: ClassVar[int] = 1  # raised when the bytes for the same input change
     serves: ClassVar[frozenset[str]] = frozenset()
 
+    def writes(self, fmt: type[Format]) -> bool:
+        """Whether the method can write the format."""
+        return fmt.name in self.serves
+
     def encode(
         self,
         weight: npt.NDArray[np.float32],

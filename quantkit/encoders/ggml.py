@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from quantkit.encoders.base import Encoder, check_finite, check_importance, map_rows
-from quantkit.errors import FormatError
+from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 
-_KQUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-_IQUANTS = ("IQ3_S", "IQ4_XS")
-_LEGACY = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_MODULES = {
+    "loops_kquants": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    "loops_legacy": ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    "loops_lattice": ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    "loops_iq1": ("IQ1_S", "IQ1_M"),
+    "loops_iq4": ("IQ4_NL", "IQ4_XS"),
+    "loops_few": ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4", "NVFP4"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _FLOATS = ("F32", "F16", "BF16")
 
 Loop = Callable[[np.ndarray, np.ndarray, bool, np.ndarray], None]
@@ -27,17 +34,14 @@ Loop = Callable[[np.ndarray, np.ndarray, bool, np.ndarray], None]
 @cache
 def _loop(name: str) -> Loop:
     """The compiled row loop of a format; Numba is imported here, not before."""
-    from quantkit.encoders.jit import announce, prepare_cache
+    from importlib import import_module
+
+    from quantkit.jit import announce, prepare_cache
 
     prepare_cache()
-    announce(f"encode_{name.lower()}")
-    if name in _KQUANTS:
-        from quantkit.encoders import loops_kquants as module
-    elif name in _IQUANTS:
-        from quantkit.encoders import loops_iquants as module  # type: ignore[no-redef]
-    else:
-        from quantkit.encoders import loops_legacy as module  # type: ignore[no-redef]
-    return getattr(module, f"encode_{name.lower()}")
+    announce(f"encode_{name.lower()}", Path(__file__).with_name(f"{_MODULE_OF[name]}.py"))
+    module = import_module(f"quantkit.encoders.{_MODULE_OF[name]}")
+    return module.make_encoder(name) if hasattr(module, "make_encoder") else getattr(module, f"encode_{name.lower()}")
 
 
 def _encode_float(x: npt.NDArray[np.float32], fmt: type[Format]) -> npt.NDArray[np.uint8]:
@@ -62,10 +66,10 @@ def _refuse_overflow(x: npt.NDArray[np.float32], fmt: type[Format], name: str) -
 
 
 class GgmlEncoder(Encoder):
-    """ggml's search for the legacy formats, the K-quants and the float formats."""
+    """ggml's own search for every format of a GGUF file."""
 
     method = "ggml"
-    serves = frozenset(_KQUANTS + _IQUANTS + _LEGACY + _FLOATS)
+    serves = frozenset((*_MODULE_OF, *_FLOATS))
 
     def encode(self, weight, importance, fmt, *, threads=None, name="tensor", at=(0,)):
         if fmt.name not in self.serves:
@@ -81,14 +85,19 @@ class GgmlEncoder(Encoder):
                 _refuse_overflow(x, fmt, name)
             return packed
         qw = check_importance(importance, x.shape[1], name)
+        if qw is None and fmt.needs_importance:
+            raise CalibrationError(
+                f"{name} cannot become {fmt.name} without activation statistics (ggml refuses that too)",
+                hint="run `quantkit analyze` on a text that reaches this tensor, give --imatrix, or choose another format for it",
+            )
         weighted = qw is not None
         loop = _loop(fmt.name)
         out = np.empty((x.shape[0], row_bytes), np.uint8)
         dummy = np.zeros(1, np.float32) if qw is None else qw
         from quantkit.encoders.loops_scales import all_finite, halves_finite
 
-        bits, fields = x.view(np.uint32), dict(fmt.layout.fields or {})
-        halves = [fields[field][1] for field in ("d", "dmin", "m") if field in fields]
+        bits = x.view(np.uint32)
+        halves = [offset for kind, offset, *_ in (fmt.layout.fields or {}).values() if kind == np.float16]
 
         def work(rows: slice) -> None:  # compiled checks, on a chunk that lies in the cache
             if not all_finite(bits[rows]):

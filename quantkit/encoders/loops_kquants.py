@@ -13,7 +13,6 @@ from numba import njit
 from quantkit.encoders.loops_scales import (
     FIT,
     MINIMUM,
-    OPTIONS,
     Q3_ROWS,
     SCALE,
     TINY,
@@ -21,74 +20,26 @@ from quantkit.encoders.loops_scales import (
     affine_codes,
     affine_search,
     clamp,
-    from_half,
     load_lanes,
+    mean_square,
     nearest,
     positive_search,
     q3_search,
     symmetric_search,
-    to_half,
 )
 from quantkit.formats.kquants import Q2_K, Q3_K, Q4_K, Q5_K, Q6_K
+from quantkit.formats.loops_bits import field_offset, pieces, plane_facts, put_half, store, store_all, write_plane
+from quantkit.formats.loops_half import OPTIONS, from_half, to_half
 
-
-def field_offsets(fmt) -> dict[str, int]:
-    """Byte offset of every field of a format's block."""
-    return {name: field[1] for name, field in fmt.layout.fields.items()}
-
-
-Q2, Q3, Q4, Q5, Q6 = (field_offsets(f) for f in (Q2_K, Q3_K, Q4_K, Q5_K, Q6_K))
-Q2_SCALES, Q2_QS, Q2_D, Q2_MIN, Q2_BYTES = Q2["scales"], Q2["qs"], Q2["d"], Q2["dmin"], Q2_K.block_bytes()
-Q3_HMASK, Q3_QS, Q3_SCALES, Q3_D, Q3_BYTES = Q3["hmask"], Q3["qs"], Q3["scales"], Q3["d"], Q3_K.block_bytes()
-Q4_D, Q4_MIN, Q4_SCALES, Q4_QS, Q4_BYTES = Q4["d"], Q4["dmin"], Q4["scales"], Q4["qs"], Q4_K.block_bytes()
-Q5_QH, Q5_QS, Q5_BYTES = Q5["qh"], Q5["qs"], Q5_K.block_bytes()
-Q6_QL, Q6_QH, Q6_SCALES, Q6_D, Q6_BYTES = Q6["ql"], Q6["qh"], Q6["scales"], Q6["d"], Q6_K.block_bytes()
-
-
-@njit(inline="always", **OPTIONS)
-def put_half(out, at, bits):
-    """Write a little-endian half at a byte offset."""
-    out[at] = np.uint8(bits & 255)
-    out[at + 1] = np.uint8(bits >> 8)
-
-
-@njit(**OPTIONS)
-def pack_two_bits(codes, out, at):
-    """256 codes of two bits → 64 bytes: four groups of 32 share each 32 bytes."""
-    for half in range(2):
-        c = 128 * half
-        for i in range(32):
-            out[at + 32 * half + i] = np.uint8(
-                codes[c + i] | (codes[c + i + 32] << 2) | (codes[c + i + 64] << 4) | (codes[c + i + 96] << 6)
-            )
-
-
-@njit(**OPTIONS)
-def pack_bit_planes(codes, bit, out, at):
-    """One bit of 256 codes → 32 bytes: bit j of byte i belongs to code 32·j + i."""
-    for i in range(32):
-        bits = 0
-        for j in range(8):
-            bits |= ((codes[32 * j + i] >> bit) & 1) << j
-        out[at + i] = np.uint8(bits)
-
-
-@njit(**OPTIONS)
-def pack_scales_k4(sc, mn, out, at):
-    """Eight 6-bit scales and minimums → twelve bytes (see formats.kquants.unpack_scales_k4)."""
-    for j in range(4):
-        out[at + j] = np.uint8(sc[j] | ((sc[j + 4] >> 4) << 6))
-        out[at + 4 + j] = np.uint8(mn[j] | ((mn[j + 4] >> 4) << 6))
-        out[at + 8 + j] = np.uint8((sc[j + 4] & 15) | ((mn[j + 4] & 15) << 4))
-
-
-@njit(**OPTIONS)
-def mean_square(x, at, n):
-    """Sum of squares of x[at:at+n] divided by n, accumulated in order."""
-    total = ZERO
-    for i in range(n):
-        total += x[at + i] * x[at + i]
-    return total / np.float32(n)
+Q2_BYTES, Q2_D, Q2_MIN = Q2_K.block_bytes(), field_offset(Q2_K, "d"), field_offset(Q2_K, "dmin")
+Q3_BYTES, Q3_D, Q6_BYTES, Q6_D = Q3_K.block_bytes(), field_offset(Q3_K, "d"), Q6_K.block_bytes(), field_offset(Q6_K, "d")
+Q4_BYTES, Q5_BYTES, Q4_D, Q4_MIN = Q4_K.block_bytes(), Q5_K.block_bytes(), field_offset(Q4_K, "d"), field_offset(Q4_K, "dmin")
+(Q2_CODES, _), (Q3_LOW, Q3_HIGH), (Q4_CODES, _) = plane_facts(Q2_K), plane_facts(Q3_K), plane_facts(Q4_K)
+(Q5_LOW, Q5_HIGH), (Q6_LOW, Q6_HIGH) = plane_facts(Q5_K), plane_facts(Q6_K)
+Q2_SCALES, Q2_MINS, Q3_SCALES, Q6_SCALES = (
+    pieces(p, f) for p, f in ((Q2_K.scales, Q2_K), (Q2_K.minimums, Q2_K), (Q3_K.scales, Q3_K), (Q6_K.scales, Q6_K))
+)
+K4_SCALES, K4_MINS = pieces(Q4_K.scales, Q4_K), pieces(Q4_K.minimums, Q4_K)
 
 
 @njit(**OPTIONS)
@@ -146,9 +97,9 @@ def encode_q2_k(x, importance, weighted, out):
     sc, mn = np.empty(16, np.int32), np.empty(16, np.int32)
     scales, mins = fit[SCALE : SCALE + 16], fit[MINIMUM : MINIMUM + 16]
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         for b in range(x.shape[1] // 256):
-            at, o = 256 * b, Q2_BYTES * b
+            at, dst = 256 * b, out[r, Q2_BYTES * b : Q2_BYTES * (b + 1)]
             load_lanes(row, at, 16, 16, lanes)
             if weighted:
                 weight_lanes(row, at, 16, 16, 0, importance, mean_square(row, at, 256), lanes, sums)
@@ -165,11 +116,13 @@ def encode_q2_k(x, importance, weighted, out):
             affine_codes(lanes, 16, 16, 0, 3, fit, codes)
             fd, fm = from_half(d), from_half(m)
             for j in range(16):
-                dst[o + Q2_SCALES + j] = np.uint8(sc[j] | (mn[j] << 4))
                 recode_affine(row, at + 16 * j, 16, fd * np.float32(sc[j]), fm * np.float32(mn[j]), 3, codes, 16 * j)
-            pack_two_bits(codes, dst, o + Q2_QS)
-            put_half(dst, o + Q2_D, d)
-            put_half(dst, o + Q2_MIN, m)
+            dst[:] = 0
+            store_all(dst, Q2_SCALES, sc)
+            store_all(dst, Q2_MINS, mn)
+            write_plane(codes, dst, *Q2_CODES)
+            put_half(dst, Q2_D, d)
+            put_half(dst, Q2_MIN, m)
 
 
 @njit(**OPTIONS)
@@ -205,9 +158,9 @@ def encode_q3_k(x, importance, weighted, out):
     w, sums, scales = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
     sc = np.empty(16, np.int32)
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         for b in range(x.shape[1] // 256):
-            at, o = 256 * b, Q3_BYTES * b
+            at, dst = 256 * b, out[r, Q3_BYTES * b : Q3_BYTES * (b + 1)]
             d = q3_block_scale(row, at, importance, weighted, codes, scales, sc, w, sums, acc, lanes)
             fd = from_half(d)
             for j in range(16):
@@ -215,17 +168,11 @@ def encode_q3_k(x, importance, weighted, out):
                 if scale != ZERO:
                     for i in range(16 * j, 16 * j + 16):
                         codes[i] = clamp(nearest(row[at + i] / scale), -4, 3) + 4
-            for j in range(8):
-                dst[o + Q3_SCALES + j] = np.uint8((sc[j] & 15) | ((sc[j + 8] & 15) << 4))
-            for j in range(4):
-                dst[o + Q3_SCALES + 8 + j] = np.uint8(
-                    (sc[j] >> 4) | ((sc[j + 4] >> 4) << 2) | ((sc[j + 8] >> 4) << 4) | ((sc[j + 12] >> 4) << 6)
-                )
-            pack_bit_planes(codes, 2, dst, o + Q3_HMASK)
-            for i in range(256):
-                codes[i] &= 3
-            pack_two_bits(codes, dst, o + Q3_QS)
-            put_half(dst, o + Q3_D, d)
+            dst[:] = 0
+            store_all(dst, Q3_SCALES, sc)
+            write_plane(codes, dst, *Q3_LOW)
+            write_plane(codes, dst, *Q3_HIGH)
+            put_half(dst, Q3_D, d)
 
 
 @njit(**OPTIONS)
@@ -270,33 +217,32 @@ def encode_k4(x, importance, weighted, out, top, rmin, rdelta, steps):
     sums, codes = np.empty(16, np.float32), np.zeros(256, np.int32)
     sc, mn = np.empty(8, np.int32), np.empty(8, np.int32)
     total = x.shape[1] // 256
-    block_bytes, qs = (Q4_BYTES, Q4_QS) if top == 15 else (Q5_BYTES, Q5_QS)
+    block_bytes = Q4_BYTES if top == 15 else Q5_BYTES
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         for b in range(total):
             if b % 2 == 0:
                 pair = min(2, total - b)
                 k4_pair(row, 256 * b, pair, importance, weighted, top, rmin, rdelta, steps, sums, lanes, fit)
             d, m = k4_block(row, 256 * b, 8 * (b % 2), weighted, top, sums, lanes, fit, acc, codes, sc, mn)
-            o = block_bytes * b
-            put_half(dst, o + Q4_D, d)
-            put_half(dst, o + Q4_MIN, m)
-            pack_scales_k4(sc, mn, dst, o + Q4_SCALES)
+            dst = out[r, block_bytes * b : block_bytes * (b + 1)]
+            dst[:] = 0
+            put_half(dst, Q4_D, d)
+            put_half(dst, Q4_MIN, m)
+            store_all(dst, K4_SCALES, sc)
+            store_all(dst, K4_MINS, mn)
             if top == 31:
-                pack_bit_planes(codes, 4, dst, o + Q5_QH)
-            for j in range(4):
-                for i in range(32):
-                    low, high = codes[64 * j + i] & 15, codes[64 * j + 32 + i] & 15
-                    dst[o + qs + 32 * j + i] = np.uint8(low | (high << 4))
+                write_plane(codes, dst, *Q5_LOW)
+                write_plane(codes, dst, *Q5_HIGH)
+            else:
+                write_plane(codes, dst, *Q4_CODES)
 
 
-@njit(**OPTIONS)
 def encode_q4_k(x, importance, weighted, out):
     """Q4_K."""
     encode_k4(x, importance, weighted, out, 15, np.float32(-1), np.float32(0.1), 20)
 
 
-@njit(**OPTIONS)
 def encode_q5_k(x, importance, weighted, out):
     """Q5_K."""
     encode_k4(x, importance, weighted, out, 31, np.float32(-0.5), np.float32(0.1), 15)
@@ -309,9 +255,10 @@ def encode_q6_k(x, importance, weighted, out):
     codes = np.zeros(256, np.int32)
     w, scales = np.empty(16, np.float32), np.empty(16, np.float32)
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         for b in range(x.shape[1] // 256):
-            at, o = 256 * b, Q6_BYTES * b
+            at, dst = 256 * b, out[r, Q6_BYTES * b : Q6_BYTES * (b + 1)]
+            dst[:] = 0
             largest, peak = ZERO, ZERO
             for j in range(16):
                 s = at + 16 * j
@@ -322,23 +269,17 @@ def encode_q6_k(x, importance, weighted, out):
                 if abs(scale) > largest:
                     largest, peak = abs(scale), scale
             if largest < TINY:
-                dst[o : o + Q6_BYTES] = 0
                 continue
             inverse = np.float32(-128) / peak
             d = to_half(np.float32(1) / inverse)
             fd = from_half(d)
             for j in range(16):
                 sc = np.int8(min(np.int32(127), nearest(inverse * scales[j])))
-                dst[o + Q6_SCALES + j] = np.uint8(sc)
+                store(dst, Q6_SCALES, j, np.int32(sc) & 255)
                 step = fd * np.float32(sc)
                 if step != ZERO:
                     for i in range(16 * j, 16 * j + 16):
                         codes[i] = clamp(nearest(row[at + i] / step), -32, 31) + 32
-            for half in range(2):
-                c = 128 * half
-                for i in range(32):
-                    a, b2, c2, d2 = codes[c + i], codes[c + i + 32], codes[c + i + 64], codes[c + i + 96]
-                    dst[o + Q6_QL + 64 * half + i] = np.uint8((a & 15) | ((c2 & 15) << 4))
-                    dst[o + Q6_QL + 64 * half + 32 + i] = np.uint8((b2 & 15) | ((d2 & 15) << 4))
-                    dst[o + Q6_QH + 32 * half + i] = np.uint8((a >> 4) | ((b2 >> 4) << 2) | ((c2 >> 4) << 4) | ((d2 >> 4) << 6))
-            put_half(dst, o + Q6_D, d)
+            write_plane(codes, dst, *Q6_LOW)
+            write_plane(codes, dst, *Q6_HIGH)
+            put_half(dst, Q6_D, d)

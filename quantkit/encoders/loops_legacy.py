@@ -8,12 +8,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from quantkit.encoders.loops_kquants import block_weights, put_half, weight_lanes
+from quantkit.encoders.loops_kquants import block_weights, weight_lanes
 from quantkit.encoders.loops_scales import (
     FIT,
     MINIMUM,
     ONE,
-    OPTIONS,
     SCALE,
     ZERO,
     affine_codes,
@@ -22,8 +21,14 @@ from quantkit.encoders.loops_scales import (
     first_of,
     load_lanes,
     symmetric_search,
-    to_half,
 )
+from quantkit.formats.legacy import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
+from quantkit.formats.loops_bits import field_offset, plane_facts, put_half, write_plane
+from quantkit.formats.loops_half import OPTIONS, to_half
+
+(P40, NONE), (P41, _), (P50, H50), (P51, H51) = (plane_facts(f) for f in (Q4_0, Q4_1, Q5_0, Q5_1))
+B40, B41, B50, B51, B80 = (f.block_bytes() for f in (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0))
+D, M, Q8_CODES = field_offset(Q4_0, "d"), field_offset(Q4_1, "m"), field_offset(Q8_0, "qs")
 
 
 @njit(**OPTIONS)
@@ -52,154 +57,128 @@ def plain_scale(row, at, half_range, top):
 
 
 @njit(**OPTIONS)
-def encode_plain_4(x, out, half_range):
-    """Q4_0 (half_range 8) and Q4_1 (0) without importance: codes = trunc((x − low) / d + offset)."""
-    header = 2 if half_range > 0 else 4
-    fifteen = np.float32(15)
+def encode_plain(x, out, half_range, top, block_bytes, at_low, at_high):
+    """Without importance: codes = trunc((x − low) / d + offset), nibbles at byte at_low, fifth bits at at_high.
+
+    half_range: 8 or 16 for Q4_0 and Q5_0, 0 for the formats with a minimum.
+    """
+    blocks = x.shape[1] // 32
+    unknown = x.shape[1] // max(2 * blocks, 1)  # 16 too; the compiler vectorizes loops of known length differently
+    run = 16 if half_range == 0 and top == 15 else unknown
+    limit = np.float32(top)
+    fifth = np.empty(32, np.uint32)
     for r in range(x.shape[0]):
         row, dst = x[r], out[r]
-        for b in range(x.shape[1] // 32):
-            at, o = 32 * b, (header + 16) * b
-            d, low, inverse, offset = plain_scale(row, at, half_range, 15)
-            put_half(dst, o, to_half(d))
+        for b in range(blocks):
+            at, o = 32 * b, block_bytes * b
+            d, low, inverse, offset = plain_scale(row, at, half_range, top)
+            put_half(dst, o + D, to_half(d))
             if half_range == 0:
-                put_half(dst, o + 2, to_half(low))
-            o += header
-            for i in range(16):
-                first = np.int32(min((row[at + i] - low) * inverse + offset, fifteen))
-                second = np.int32(min((row[at + 16 + i] - low) * inverse + offset, fifteen))
-                dst[o + i] = np.uint8(first | (second << 4))
+                put_half(dst, o + M, to_half(low))
+            o += at_low
+            for i in range(run):
+                first = np.int32(min((row[at + i] - low) * inverse + offset, limit))
+                second = np.int32(min((row[at + run + i] - low) * inverse + offset, limit))
+                dst[o + i] = np.uint8((first & 15) | ((second & 15) << 4))
+                if top == 31:
+                    fifth[i] = np.uint32(first >> 4)
+                    fifth[run + i] = np.uint32(second >> 4)
+            if top == 31:
+                o += at_high - at_low
+                word = np.uint32(0)
+                for i in range(32):
+                    word |= fifth[i] << np.uint32(i)
+                for i in range(4):
+                    dst[o + i] = np.uint8((word >> np.uint32(8 * i)) & np.uint32(255))
 
 
 @njit(**OPTIONS)
-def encode_plain_5(x, out, half_range):
-    """Q5_0 (half_range 16) and Q5_1 (0) without importance; the fifth bits go before the nibbles."""
-    header = 2 if half_range > 0 else 4
-    top = np.float32(31)
-    codes = np.empty(32, np.int32)
-    for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
-        for b in range(x.shape[1] // 32):
-            at, o = 32 * b, (header + 20) * b
-            d, low, inverse, offset = plain_scale(row, at, half_range, 31)
-            put_half(dst, o, to_half(d))
-            if half_range == 0:
-                put_half(dst, o + 2, to_half(low))
-            o += header
-            for i in range(32):
-                codes[i] = np.int32(min((row[at + i] - low) * inverse + offset, top))
-            word = np.uint32(0)
-            for i in range(32):
-                word |= np.uint32(codes[i] >> 4) << np.uint32(i)
-            for i in range(4):
-                dst[o + i] = np.uint8((word >> np.uint32(8 * i)) & np.uint32(255))
-            for i in range(16):
-                dst[o + 4 + i] = np.uint8((codes[i] & 15) | ((codes[16 + i] & 15) << 4))
-
-
-@njit(**OPTIONS)
-def pack_32(codes, five, dst, o):
-    """32 codes → [4 bytes of fifth bits] and 16 bytes of nibbles, the first half in the low ones."""
-    if five:
-        for b in range(4):
-            bits = 0
-            for i in range(8):
-                bits |= ((codes[8 * b + i] >> 4) & 1) << i
-            dst[o + b] = np.uint8(bits)
-        o += 4
-    for i in range(16):
-        dst[o + i] = np.uint8((codes[i] & 15) | ((codes[i + 16] & 15) << 4))
-
-
-@njit(**OPTIONS)
-def encode_symmetric(x, importance, out, half_range, block_bytes):
-    """Q4_0 (half_range 8) and Q5_0 (16) with importance: w = d · (q − half_range)."""
+def encode_symmetric(x, importance, out, half_range, block_bytes, low, high):
+    """Q4_0 (half_range 8) and Q5_0 (16) with importance: w = d · (q − half_range). low, high: facts of the planes."""
     acc = np.empty((3, 32), np.float32)
     codes, w = np.zeros(32, np.int32), np.empty(32, np.float32)
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         sigma2 = row_mean_square(row)
         for b in range(x.shape[1] // 32):
-            at, o = 32 * b, block_bytes * b
+            at, dst = 32 * b, out[r, block_bytes * b : block_bytes * (b + 1)]
             block_weights(row, at, 32, importance, at, sigma2, w)
             d = symmetric_search(row, at, 32, w, half_range, codes, acc)
-            put_half(dst, o, to_half(d))
-            pack_32(codes, half_range == 16, dst, o + 2)
+            put_half(dst, D, to_half(d))
+            write_plane(codes, dst, *low)
+            write_plane(codes, dst, *high)
 
 
 @njit(**OPTIONS)
-def encode_affine(x, importance, out, top, block_bytes):
+def encode_affine(x, importance, out, top, block_bytes, low, high):
     """Q4_1 (top 15) and Q5_1 (top 31) with importance: w = d · q + m; 16 blocks are searched at once."""
     fit, sums = np.empty(FIT, np.float32), np.empty(16, np.float32)
     lanes, codes = np.zeros(32 * 32, np.float32), np.zeros(32, np.int32)
     total = x.shape[1] // 32
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         sigma2 = row_mean_square(row)
         for b in range(total):
-            at, o, lane = 32 * b, block_bytes * b, b % 16
+            at, dst, lane = 32 * b, out[r, block_bytes * b : block_bytes * (b + 1)], b % 16
             if lane == 0:
                 count = min(16, total - b)
                 load_lanes(row, at, 32, count, lanes)
                 weight_lanes(row, at, 32, count, 0, importance, sigma2, lanes, sums)
                 affine_search(lanes, 32, top, np.float32(-0.9), np.float32(0.05), 36, False, fit)
             affine_codes(lanes, 32, 1, lane, top, fit, codes)
-            put_half(dst, o, to_half(fit[SCALE + lane]))
-            put_half(dst, o + 2, to_half(-fit[MINIMUM + lane]))
-            pack_32(codes, top == 31, dst, o + 4)
+            put_half(dst, D, to_half(fit[SCALE + lane]))
+            put_half(dst, M, to_half(-fit[MINIMUM + lane]))
+            write_plane(codes, dst, *low)
+            write_plane(codes, dst, *high)
 
 
 @njit(**OPTIONS)
 def encode_q8_0(x, importance, weighted, out):
     """Q8_0: w = d · q with q rounded half away from zero; importance is not used."""
     for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
+        row = x[r]
         for b in range(x.shape[1] // 32):
-            at, o = 32 * b, 34 * b
+            at, dst = 32 * b, out[r, B80 * b : B80 * (b + 1)]
             largest = ZERO
             for i in range(32):
                 largest = max(largest, abs(row[at + i]))
             d = largest / np.float32(127)
             inverse = ONE / d if d != ZERO else ZERO
-            put_half(dst, o, to_half(d))
+            put_half(dst, D, to_half(d))
             for i in range(32):
                 v = row[at + i] * inverse
                 whole = np.floor(abs(v))
                 whole = whole + ONE if abs(v) - whole >= np.float32(0.5) else whole
-                dst[o + 2 + i] = np.uint8(np.int8(whole if v >= ZERO else -whole))
+                dst[Q8_CODES + i] = np.uint8(np.int8(whole if v >= ZERO else -whole))
 
 
-@njit(**OPTIONS)
 def encode_q4_0(x, importance, weighted, out):
     """Q4_0."""
     if weighted:
-        encode_symmetric(x, importance, out, 8, 18)
+        encode_symmetric(x, importance, out, 8, B40, P40, NONE)
     else:
-        encode_plain_4(x, out, 8)
+        encode_plain(x, out, 8, 15, B40, P40[0], 0)
 
 
-@njit(**OPTIONS)
 def encode_q5_0(x, importance, weighted, out):
     """Q5_0."""
     if weighted:
-        encode_symmetric(x, importance, out, 16, 22)
+        encode_symmetric(x, importance, out, 16, B50, P50, H50)
     else:
-        encode_plain_5(x, out, 16)
+        encode_plain(x, out, 16, 31, B50, P50[0], H50[0])
 
 
-@njit(**OPTIONS)
 def encode_q4_1(x, importance, weighted, out):
     """Q4_1."""
     if weighted:
-        encode_affine(x, importance, out, 15, 20)
+        encode_affine(x, importance, out, 15, B41, P41, NONE)
     else:
-        encode_plain_4(x, out, 0)
+        encode_plain(x, out, 0, 15, B41, P41[0], 0)
 
 
-@njit(**OPTIONS)
 def encode_q5_1(x, importance, weighted, out):
     """Q5_1."""
     if weighted:
-        encode_affine(x, importance, out, 31, 24)
+        encode_affine(x, importance, out, 31, B51, P51, H51)
     else:
-        encode_plain_5(x, out, 0)
+        encode_plain(x, out, 0, 31, B51, P51[0], H51[0])

@@ -41,6 +41,10 @@ class ActivationStats:
     chunk_size: int = 512
     identity: str = ""
 
+    def covers(self, name: str) -> bool:
+        """Whether every expert of a tensor has statistics."""
+        return name in self.tensors and not self.tensors[name].uncovered
+
     def importance(self, name: str, expert: int = 0) -> npt.NDArray[np.float32] | None:
         """Mean of x² for the columns of one tensor's expert, None where nothing is known."""
         stats = self.tensors.get(name)

@@ -166,11 +166,7 @@ def _score(runner: Runner, windows: npt.NDArray[np.int64], known: list[Any], tas
 
 
 def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Candidate:
-    from quantkit.formats import get_format
-
-    data = sum(
-        8 * t.size if t.dtype == "F64" else get_format(t.dtype).row_bytes(t.columns) * t.rows for t in checkpoint.tensors.values()
-    )
+    data = sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
     predicted = None
     if path.is_file() and manifest_path(path).exists():
         predicted = Manifest.read(manifest_path(path)).plan.get("predicted_kld")

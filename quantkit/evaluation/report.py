@@ -15,6 +15,7 @@ from quantkit.checkpoint.files import write_text
 from quantkit.checkpoint.roles import layer_of, role_of
 from quantkit.evaluation.compare import Candidate, Report
 from quantkit.formats import get_format
+from quantkit.formats.tensors import tensor_formats
 
 TEMPLATE = Path(__file__).parent / "data" / "report.html.jinja"
 
@@ -95,10 +96,10 @@ def plan_figure(candidate: Candidate) -> Any:
     for name, fmt in candidate.plan.items():
         row, layer = roles.index(role_of(name).value), layer_of(name)
         if layer is None:
-            bits[row, :] = get_format(fmt).bpw()
+            bits[row, :] = _bpw(fmt)
             labels[row, layers // 2] = fmt
         else:
-            bits[row, layer] = get_format(fmt).bpw()
+            bits[row, layer] = _bpw(fmt)
             labels[row, layer] = fmt
     figure, axes = _figure(max(6.0, 0.75 * layers + 3), 0.42 * len(roles) + 1.2)
     image = axes.imshow(bits, aspect="auto", cmap="cividis", vmin=2, vmax=8.5)
@@ -109,6 +110,12 @@ def plan_figure(candidate: Candidate) -> Any:
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, label="bits per weight")
     return figure
+
+
+def _bpw(name: str) -> float:
+    """Bits per weight of a format, of a usual matrix if it is one of several tensors."""
+    names = {fmt.name: fmt for fmt in tensor_formats()}
+    return names[name].bpw((4096, 4096)) if name in names else get_format(name).bpw()
 
 
 def predicted_figure(candidates: list[Candidate]) -> Any:

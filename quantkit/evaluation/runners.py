@@ -85,7 +85,9 @@ def _llama_cpp() -> Any:
 @contextlib.contextmanager
 def _gguf_of(checkpoint: Checkpoint) -> Iterator[Path]:
     """A GGUF that llama.cpp runs without rounding activations to BF16: the file itself, or an F32 copy."""
-    plain = all(info.dtype in ("F32", "F16", "BF16", "F64") for info in checkpoint.tensors.values())
+    plain = all(info.dtype in checkpoint.plain_types for info in checkpoint.tensors.values())
+    if not plain and not isinstance(checkpoint, GgufCheckpoint):
+        raise CheckpointError(f"llama.cpp cannot read the folder {checkpoint.path.name}", hint="use --runtime torch")
     exact = isinstance(checkpoint, GgufCheckpoint) and (
         not plain or all(info.dtype == "F32" for info in checkpoint.tensors.values())
     )

@@ -1,4 +1,4 @@
-"""ggml's 32-weight formats: a half-precision scale (and minimum) per block.
+"""ggml's 32-weight formats: a half-precision scale (and minimum) for each block.
 
 Layouts: llama.cpp, ggml/src/ggml-common.h (block_q4_0 and its neighbours).
 """
@@ -7,18 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from quantkit.formats.base import F32, Format
+from quantkit.formats.base import Format
+from quantkit.formats.layout import Linear, at, over, signed
 
-
-def _nibbles(qs: np.ndarray) -> np.ndarray:
-    """(n, 16) bytes → (n, 32) codes: low nibbles are the first half of the block."""
-    return np.concatenate([qs & 15, qs >> 4], axis=1)
-
-
-def _fifth_bits(qh: np.ndarray) -> np.ndarray:
-    """(n, 4) bytes → (n, 32): bit j of the little-endian word belongs to code j, moved to bit 4."""
-    bits = np.unpackbits(np.ascontiguousarray(qh), axis=1, bitorder="little")
-    return bits << 4
+NIBBLES = at("qs", 4, run=16)  # low nibbles are the first half of the block
+FIFTH = at("qh", 1)  # bit j of the little-endian word belongs to code j
 
 
 class Q4_0(Format):
@@ -26,23 +19,17 @@ class Q4_0(Format):
 
     name, gguf_id, elements = "Q4_0", 2, 32
     layout = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
-
-    @classmethod
-    def _decode_blocks(cls, blocks):
-        q = _nibbles(blocks["qs"]).astype(np.int8) - 8  # (n, 32)
-        return blocks["d"].astype(F32)[:, None] * q.astype(F32)
+    codes, values = NIBBLES, Linear(8)
+    advice = "Rows that are no multiple of 256, or very old readers; Q4_K is better at the same size."
 
 
 class Q4_1(Format):
     """w = d · q + m, q in 0…15."""
 
-    name, gguf_id, elements, symmetric = "Q4_1", 3, 32, False
+    name, gguf_id, elements = "Q4_1", 3, 32
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
-
-    @classmethod
-    def _decode_blocks(cls, blocks):
-        q = _nibbles(blocks["qs"]).astype(F32)
-        return blocks["d"].astype(F32)[:, None] * q + blocks["m"].astype(F32)[:, None]
+    codes, block_minimum = NIBBLES, "m"
+    advice = "Rows that are no multiple of 256 whose weights are not centred on zero."
 
 
 class Q5_0(Format):
@@ -50,31 +37,24 @@ class Q5_0(Format):
 
     name, gguf_id, elements = "Q5_0", 6, 32
     layout = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
-
-    @classmethod
-    def _decode_blocks(cls, blocks):
-        q = (_nibbles(blocks["qs"]) | _fifth_bits(blocks["qh"])).astype(np.int8) - 16
-        return blocks["d"].astype(F32)[:, None] * q.astype(F32)
+    codes, values = over(NIBBLES, FIFTH), Linear(16)
+    advice = "What Q4_K becomes where rows are no multiple of 256."
 
 
 class Q5_1(Format):
     """w = d · q + m, q in 0…31 with the fifth bits apart."""
 
-    name, gguf_id, elements, symmetric = "Q5_1", 7, 32, False
+    name, gguf_id, elements = "Q5_1", 7, 32
     layout = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
-
-    @classmethod
-    def _decode_blocks(cls, blocks):
-        q = (_nibbles(blocks["qs"]) | _fifth_bits(blocks["qh"])).astype(F32)
-        return blocks["d"].astype(F32)[:, None] * q + blocks["m"].astype(F32)[:, None]
+    codes, block_minimum = over(NIBBLES, FIFTH), "m"
+    advice = "What Q5_K becomes where rows are no multiple of 256."
 
 
 class Q8_0(Format):
     """w = d · q, q a signed byte."""
 
     name, gguf_id, elements = "Q8_0", 8, 32
+    uses_importance = False
     layout = np.dtype([("d", "<f2"), ("qs", "i1", 32)])
-
-    @classmethod
-    def _decode_blocks(cls, blocks):
-        return blocks["d"].astype(F32)[:, None] * blocks["qs"].astype(F32)
+    codes = signed(at("qs", 8))
+    advice = "As good as the original for almost any purpose; routers, heads and other small sensitive tensors."

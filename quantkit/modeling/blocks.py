@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,10 +50,10 @@ class Blocks:
         load_parameters(self.checkpoint, layer, prefix)
         handles = observe(self.checkpoint, layer, prefix, observer) if observer else []
 
-        def run(hidden: torch.Tensor) -> torch.Tensor:
+        def run(hidden: torch.Tensor, cache: Any = None) -> torch.Tensor:
             positions = torch.arange(hidden.shape[1]).unsqueeze(0)
             rope = self.model.model.rotary_emb(hidden, positions)
-            out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rope)
+            out = layer(hidden, attention_mask=None, position_ids=positions, position_embeddings=rope, past_key_values=cache)
             return out[0] if isinstance(out, tuple) else out
 
         try:
@@ -96,6 +96,32 @@ def observe(checkpoint: Checkpoint, layer: Any, prefix: str, observer: Observer)
     return handles
 
 
+def linear_weights(layer: Any) -> Iterator[torch.Tensor]:
+    """Every weight matrix (rows, columns) of a layer's linear maps and experts, as views; the router is left out."""
+    import torch
+
+    for module in layer.modules():
+        if isinstance(module, torch.nn.Linear):
+            yield module.weight.data
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+            for stacked in (module.gate_up_proj.data, module.down_proj.data):
+                yield from stacked
+
+
+def change_inputs(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:
+    """Let every linear map of a layer, routed experts included, see ``change(input)``; returns handles to remove."""
+    import torch
+
+    handles: list[Any] = []
+    for module in layer.modules():
+        if isinstance(module, torch.nn.Linear):
+            handles.append(module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:])))
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+            module.forward = MethodType(_experts_forward(["", "", ""], None, change), module)
+            handles.append(_Restore(module))
+    return handles
+
+
 class _Restore:
     """Takes an instance's own forward away again."""
 
@@ -116,9 +142,15 @@ def _linear_hook(name: str, observer: Observer | None) -> Any:
     return hook
 
 
-def _experts_forward(names: list[str], observer: Observer) -> Any:
-    """transformers' expert loop, showing the observer what each expert sees."""
+def _experts_forward(
+    names: list[str], observer: Observer | None, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> Any:
+    """transformers' expert loop, showing the observer what each expert sees, or changing it."""
     gate_name, up_name, down_name = names
+
+    def see(*what: Any) -> None:
+        if observer is not None:
+            observer.see(*what)
 
     def forward(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         import torch
@@ -130,14 +162,15 @@ def _experts_forward(names: list[str], observer: Observer) -> Any:
             token, slot = torch.where(index == expert)
             if not len(token):
                 continue
-            x = hidden[token]
+            x = hidden[token] if change is None else change(hidden[token])
             gate_w, up_w = self.gate_up_proj[expert, :width], self.gate_up_proj[expert, width:]
             gate, up = linear(x, gate_w), linear(x, up_w)
-            observer.see(gate_name, expert, x, gate, gate_w)
-            observer.see(up_name, expert, x, up, up_w)
+            see(gate_name, expert, x, gate, gate_w)
+            see(up_name, expert, x, up, up_w)
             mid = self.act_fn(gate) * up
+            mid = mid if change is None else change(mid)
             y = linear(mid, self.down_proj[expert])
-            observer.see(down_name, expert, mid, y, self.down_proj[expert])
+            see(down_name, expert, mid, y, self.down_proj[expert])
             out = out.index_add(0, token, y * weights[token, slot, None])
         return out
 

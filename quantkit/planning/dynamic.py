@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from quantkit.analysis.sensitivity import Sensitivity, offered_formats
+from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.gguf_writer import padded
+from quantkit.encoders import default_method
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError
 from quantkit.formats import Format, get_format
@@ -17,7 +18,20 @@ from quantkit.planning.policy import Policy
 from quantkit.planning.solver import Choice, solve_knapsack
 
 # Bits per weight above which a dynamic plan carries a label of llama.cpp.
-LABELS = ((0.0, "Q2_K"), (3.1, "Q3_K_M"), (4.3, "Q4_K_M"), (5.3, "Q5_K_M"), (6.2, "Q6_K"), (7.5, "Q8_0"), (12.0, "BF16"))
+LABELS = (
+    (0.0, "IQ1_S"),
+    (1.7, "IQ1_M"),
+    (1.95, "IQ2_XXS"),
+    (2.2, "IQ2_XS"),
+    (2.45, "IQ2_M"),
+    (2.7, "Q2_K"),
+    (3.1, "Q3_K_M"),
+    (4.3, "Q4_K_M"),
+    (5.3, "Q5_K_M"),
+    (6.2, "Q6_K"),
+    (7.5, "Q8_0"),
+    (12.0, "BF16"),
+)
 
 CostOf = Callable[[TensorInfo, type[Format]], float]
 
@@ -35,6 +49,14 @@ def predicted_cost(sensitivity: Sensitivity) -> CostOf:
         return min(coarser, default=max(c.predicted_kld for c in entry.formats.values()))
 
     return cost
+
+
+def measured_formats(sensitivity: Sensitivity, info: TensorInfo) -> list[type[Format]]:
+    """Formats whose cost the analysis knows for a tensor, from few to many bits."""
+    entry = sensitivity.tensors.get(info.name)
+    if entry is None:
+        raise PlanError(f"the analysis knows nothing of {info.name}", hint="run `quantkit analyze` again")
+    return sorted((get_format(name) for name in entry.formats), key=lambda fmt: (fmt.bpw(), fmt.name))
 
 
 def total_prediction(sensitivity: Sensitivity, plan: Plan, checkpoint: Checkpoint) -> float:
@@ -72,7 +94,7 @@ def dynamic_plan(
     policy.check_used(checkpoint)
     cost = cost or predicted_cost(sensitivity)
     groups = policy.groups(checkpoint)
-    options = [_options(group, policy, cost) for group in groups]
+    options = [_options(group, policy, cost, sensitivity) for group in groups]
     smallest = _assemble(checkpoint, groups, [min(o, key=lambda c: c.nbytes) for o in options])
     low = planned_bytes(checkpoint, smallest, stats)
     if budget_bytes < low:
@@ -97,8 +119,8 @@ def dynamic_plan(
     return plan
 
 
-def _options(group: list[TensorInfo], policy: Policy, cost: CostOf) -> list[Choice]:
-    allowed = [policy.allowed(info, offered_formats(info)) for info in group]
+def _options(group: list[TensorInfo], policy: Policy, cost: CostOf, sensitivity: Sensitivity) -> list[Choice]:
+    allowed = [policy.allowed(info, measured_formats(sensitivity, info)) for info in group]
     shared = [fmt for fmt in allowed[0] if all(fmt in other for other in allowed[1:])]
     if not shared:
         raise PlanError(f"no format fits all of {', '.join(i.name for i in group)}, which must share one")
@@ -145,7 +167,7 @@ def _explain(
             uncovered = sensitivity.tensors[info.name].uncovered_experts
             if uncovered:
                 why.append(f"experts {uncovered} were not reached by the calibration text")
-            plan.tensors[info.name] = Assignment(choice.label, "ggml", "; ".join(why))
+            plan.tensors[info.name] = Assignment(choice.label, default_method(get_format(choice.label)), "; ".join(why))
 
 
 def _nats(value: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.encoders import get_encoder
+from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError, QuantkitError
 from quantkit.formats import get_format
 
@@ -87,6 +88,20 @@ class Plan:
         if not isinstance(self.use_importance, bool) or not isinstance(self.predicted_kld, float | int | None):
             raise TypeError("use_importance is true or false, predicted_kld a number or null")
 
+    def check_importance(self, stats: ActivationStats | None) -> None:
+        """Raise PlanError if a tensor's format cannot be encoded without statistics that are missing."""
+        for name, entry in self.tensors.items():
+            if not get_format(entry.format).needs_importance:
+                continue
+            known = stats.tensors.get(name) if stats is not None else None
+            hint = "choose another format for it in the plan (IQ1_M and IQ2_S need none), or run `quantkit analyze` on text that reaches it"
+            if known is None:
+                raise PlanError(f"{name} cannot become {entry.format}: there are no activation statistics for it", hint=hint)
+            if known.uncovered and not self.uncovered_as_ones:
+                raise PlanError(
+                    f"{name} cannot become {entry.format}: no calibration token reached experts {known.uncovered}", hint=hint
+                )
+
     def check(self, checkpoint: Checkpoint) -> None:
         """Raise PlanError unless every tensor has a known format that its rows fit, and the model is the same."""
         hint = "correct the plan or make it again with `quantkit plan`"
@@ -105,7 +120,7 @@ class Plan:
                 encoder = get_encoder(entry.method)
             except QuantkitError as error:
                 raise PlanError(f"plan, {info.name}: {error.what}", hint=error.hint or hint) from None
-            if fmt.name not in encoder.serves:
+            if not encoder.writes(fmt):
                 raise PlanError(f"plan, {info.name}: method {entry.method} does not write {fmt.name}", hint=hint)
             if fmt.is_quantized() and not info.quantizable:
                 raise PlanError(f"plan, {info.name}: llama.cpp does not read this tensor as {fmt.name}", hint="use F32")

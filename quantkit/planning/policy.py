@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.roles import ATTENTION_ROLES, SHARED_ROLES, Role
 from quantkit.errors import PlanError
-from quantkit.formats import Format, get_format
+from quantkit.formats import Format, formats, get_format
 
 # Lowest format a role may get. Super weights are handled by their tensors.
 FLOORS: dict[Role, str] = {
@@ -52,6 +53,7 @@ class Policy:
     floors: dict[Role, str] = field(default_factory=lambda: dict(FLOORS))
     super_weight_tensors: frozenset[str] = frozenset()
     tied_heads: frozenset[str] = frozenset()  # an embedding that is the head too keeps the head's floor
+    patterns: tuple[str, ...] = ()  # names of formats that may be used (shell patterns); empty: all
     fused: bool = False  # the target runtime fuses q/k/v and gate/up: they share a format
 
     def describe(self) -> list[str]:
@@ -60,6 +62,8 @@ class Policy:
         if self.tied_heads and Role.HEAD in self.floors:
             out.append(f"the embedding is the head too: at least {self.floors[Role.HEAD]}")
         out += [f"{name} at least {SUPER_WEIGHT_FLOOR}: holds a super weight" for name in sorted(self.super_weight_tensors)]
+        if self.patterns:
+            out.append(f"only formats like {', '.join(self.patterns)} and the unquantized ones")
         out += [f"names matching {keep.pattern!r} are {keep.format.name}" for keep in self.keeps]
         if self.fused:
             out.append("q, k and v share a format, gate and up share a format: the runtime fuses them")
@@ -78,8 +82,13 @@ class Policy:
         least = max((get_format(self.floors[role]).bpw() for role in roles if role in self.floors), default=0.0)
         if info.name in self.super_weight_tensors:
             least = max(least, get_format(SUPER_WEIGHT_FLOOR).bpw())
+        if self.patterns:
+            offered = [fmt for fmt in offered if not fmt.is_quantized() or self._named(fmt)]
         found = [fmt for fmt in offered if fmt.bpw() >= least]
         return found or [max(offered, key=lambda fmt: fmt.bpw())]
+
+    def _named(self, fmt: type[Format]) -> bool:
+        return any(fnmatch(fmt.name, pattern.upper()) for pattern in self.patterns)
 
     def groups(self, checkpoint: Checkpoint) -> list[list[TensorInfo]]:
         """Quantizable tensors, those that must share a format together."""
@@ -101,7 +110,10 @@ class Policy:
         return info.name
 
     def check_used(self, checkpoint: Checkpoint) -> None:
-        """Raise PlanError if a --keep matches no tensor that can be quantized, or its rows do not fit."""
+        """Raise PlanError if a --keep matches no tensor that can be quantized, its rows do not fit, or --formats no format."""
+        for pattern in self.patterns:
+            if not any(fnmatch(fmt.name, pattern.upper()) for fmt in formats()):
+                raise PlanError(f"--formats {pattern!r} matches no format", hint="`quantkit formats` lists the names")
         for keep in self.keeps:
             matched = [t for t in checkpoint.tensors.values() if t.quantizable and re.search(keep.pattern, t.name)]
             if not matched:

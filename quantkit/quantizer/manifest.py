@@ -2,7 +2,7 @@
 
 GGUF has no checksum of its own. The sidecar ``<file>.manifest.json`` holds SHA-256 of every tensor, of
 the header and of the whole file; the GGUF's metadata carry 128 bits of each tensor's hash, so that the
-data can be checked without the sidecar.
+data can be checked without the sidecar. The manifest of a safetensors folder lies in it (verify_folder.py).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.gguf_reader import GgufFile
+from quantkit.checkpoint.safetensors_reader import SafetensorsFile
 from quantkit.errors import CheckpointError
 from quantkit.planning.artifact import HASH_BYTES, HASHES
 
 VERSION = 1
 CHUNK = 1 << 22
+FOLDER_MANIFEST = "quantkit.manifest.json"
 
 
 @dataclass
@@ -38,6 +40,8 @@ class Manifest:
     parts: list[str] = field(default_factory=list)  # names of all parts of a split file
     versions: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # of a folder: name → bytes and SHA-256
+    notes: list[str] = field(default_factory=list)  # what the user should know
 
     def to_json(self) -> str:
         """The document as text."""
@@ -59,7 +63,9 @@ class Manifest:
 
 
 def manifest_path(path: Path) -> Path:
-    """Where the manifest of a file lies."""
+    """Where the manifest of a file or of a folder lies."""
+    if path.is_dir():
+        return path / FOLDER_MANIFEST
     return path.with_name(path.name + ".manifest.json")
 
 
@@ -78,9 +84,9 @@ class Verification:
         return not self.wrong and bool(self.checked)
 
 
-def hash_range(file: GgufFile, start: int, length: int) -> str:
-    """SHA-256 of a byte range, hexadecimal."""
-    digest = hashlib.sha256()
+def hash_range(file: GgufFile | SafetensorsFile, start: int, length: int, digest: Any = None) -> str:
+    """SHA-256 of a byte range, hexadecimal; of what ``digest`` has seen before, too."""
+    digest = digest or hashlib.sha256()
     while length > 0:
         part = file.file.read(start, min(CHUNK, length))
         digest.update(part)
@@ -89,10 +95,14 @@ def hash_range(file: GgufFile, start: int, length: int) -> str:
 
 
 def verify(path: Path) -> Verification:
-    """Check a file against its manifest, and against the hashes in its own metadata.
+    """Check a file against its manifest, and against the hashes in its own metadata; or a folder against its manifest.
 
     Raises CheckpointError if the file itself cannot be parsed.
     """
+    if path.is_dir():
+        from quantkit.quantizer.verify_folder import verify_folder
+
+        return verify_folder(path)
     file = GgufFile(path)
     out = Verification(str(path), [], [], [])
     actual = {name: hash_range(file, entry.start, entry.nbytes) for name, entry in file.entries.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.checkpoint import Checkpoint, GgufCheckpoint, TensorInfo
+from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.files import refuse_existing, write_text
 from quantkit.checkpoint.gguf_writer import GgufWriter, TensorSpec, file_bytes, header_bytes, write_gguf
@@ -108,9 +108,9 @@ def run(
     output exists, equals the input or cannot be written; nothing is left under the final name then.
     """
     plan.check(checkpoint)
-    if isinstance(checkpoint, GgufCheckpoint):
-        checkpoint.require_unquantized()
+    checkpoint.require_unquantized()
     used = stats if plan.use_importance else None
+    plan.check_importance(used)
     job = Job(checkpoint, plan, used, TensorCache(cache) if cache else None, threads or default_threads())
     parts = split_parts(job, stats, split_bytes)
     paths = part_names(out, len(parts))
@@ -142,7 +142,7 @@ def check_output(checkpoint: Checkpoint, out: Path, force: bool) -> None:
     if target in ours or (source.is_dir() and target.parent == source and target.exists()):
         raise OutputError(f"{out} is the input itself or lies in its folder", hint="choose another output with -o")
     if target.is_dir():
-        raise OutputError(f"{out} is a folder", hint="give a file name with -o")
+        raise OutputError(f"{out} is a folder", hint="give a file name with -o, or a format of safetensors folders")
     refuse_existing(out, force)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -30,8 +31,13 @@ def prepare_cache() -> None:
     os.environ["NUMBA_CACHE_DIR"] = str(folder)
 
 
-def announce(function: str) -> None:
-    """Say on stderr that ``function`` is about to be compiled, if no compiled version is cached."""
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR", ""))
-    if not any(folder.rglob(f"*.{function}-*.nbi")):
-        print(f"compiling {function} (once; a few seconds)", file=sys.stderr, flush=True)
+def announce(what: str, source: Path) -> None:
+    """Say on stderr that ``what`` is about to be compiled, unless it was since ``source`` (its module) changed."""
+    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_root())
+    seen = folder / f"{what}-{source.stat().st_mtime_ns:x}.seen"
+    if seen.exists():
+        return
+    print(f"compiling {what} (once; a few seconds)", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a cache that cannot be written only costs the message again
+        folder.mkdir(parents=True, exist_ok=True)
+        seen.touch()
