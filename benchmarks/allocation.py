@@ -132,7 +132,9 @@ def prediction(checkpoint: Checkpoint, sensitivity: Sensitivity, stats: Activati
     rows = []
     for number, size in enumerate(sizes):
         for plan in varied_plans(checkpoint, sensitivity, stats, size, seed=number):
-            values = {n: decoded(checkpoint, stats, n, plan.tensors[n].format) for n in sensitivity.tensors}
+            values = {
+                n: decoded(checkpoint, stats, n, plan.tensors[n].format, plan.tensors[n].method) for n in sensitivity.tensors
+            }
             measured = model.divergence(values)
             rows.append(
                 {

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.analysis.imatrix import check_stats, load_stats, read_imatrix
-from quantkit.analysis.run import ANALYSIS, IMATRIX, TOKENS, analysis_key, work_directory
+from quantkit.analysis.run import ANALYSIS, EFFORT, IMATRIX, TOKENS, analysis_key, attach_moments, work_directory
 from quantkit.analysis.run import analyze as run_analysis
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
@@ -45,7 +45,7 @@ class Options:
 
     calibration: text files instead of the package's mix. imatrix: statistics made elsewhere. tokens: how
     much text. probes: measure single tensors directly (None: if the model is small). work: the work
-    directory (None: ./NAME.quantkit). pre_tokenizer: llama.cpp's name where it cannot be recognized.
+    directory (None: ./NAME.quantkit). effort: 1 uses ggml's search only, 2 error feedback too. pre_tokenizer: llama.cpp's name where it cannot be recognized.
     """
 
     calibration: Sequence[Path] = ()
@@ -53,6 +53,7 @@ class Options:
     tokens: int = TOKENS
     probes: bool | None = None
     work: Path | None = None
+    effort: int = EFFORT
     pre_tokenizer: str | None = None
     progress: Progress = field(default_factory=Progress)
 
@@ -87,14 +88,14 @@ def analyze(model: str | Path, options: Options | None = None, **keywords: Any) 
 def _analysis(checkpoint: Checkpoint, options: Options) -> tuple[Sensitivity, ActivationStats]:
     work = work_directory(checkpoint.path, options.work)
     files = [Path(p) for p in options.calibration] or None
-    key = analysis_key(checkpoint, files, options.imatrix, options.tokens, options.probes)
+    key = analysis_key(checkpoint, files, options.imatrix, options.tokens, options.probes, options.effort)
     if (work / ANALYSIS).exists() and (work / IMATRIX).exists():
         known = _reusable(work, checkpoint, key, options)
         if known is not None:
             return known
     return run_analysis(
         checkpoint, work, calibration=files, imatrix=options.imatrix, tokens=options.tokens, probes=options.probes,
-        progress=options.progress,
+        effort=options.effort, progress=options.progress,
     )  # fmt: skip
 
 
@@ -108,7 +109,8 @@ def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) ->
     if sensitivity.identity != checkpoint.identity:
         raise CalibrationError(f"{work} holds the analysis of another model ({sensitivity.model})", hint="choose another --work")
     check_stats(stats, checkpoint)
-    default = not options.given and options.tokens == TOKENS and options.probes is None
+    attach_moments(stats, work)
+    default = not options.given and options.tokens == TOKENS and options.probes is None and options.effort == EFFORT
     same = default and sensitivity.calibration.get("stamp") == checkpoint.stamp
     return (sensitivity, stats) if same or sensitivity.calibration.get("key") == key else None
 
@@ -249,8 +251,12 @@ def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats 
         return load_stats(options.imatrix, checkpoint)
     if options.calibration:
         return _analysis(checkpoint, options)[1]
-    path = work_directory(checkpoint.path, options.work) / IMATRIX
-    return load_stats(path, checkpoint) if path.exists() else None
+    work = work_directory(checkpoint.path, options.work)
+    if not (work / IMATRIX).exists():
+        return None
+    stats = load_stats(work / IMATRIX, checkpoint)
+    attach_moments(stats, work)
+    return stats
 
 
 def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:

@@ -53,7 +53,7 @@ def test_it_is_planned_and_survives_a_file(toy, tmp_path):
 
 
 def test_the_planner_offers_it(toy):
-    from quantkit.analysis.sensitivity import offered_formats
+    from quantkit.analysis.errors import offered_formats
 
     info = open_checkpoint(tiny.DENSE).info("blk.0.ffn_down.weight")
     assert toy in offered_formats(info)

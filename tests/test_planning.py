@@ -69,7 +69,7 @@ def test_never_over_the_budget_and_close_to_it(known):
             for name, entry in plan.tensors.items():
                 info = checkpoint.info(name)
                 if info.quantizable:
-                    from quantkit.analysis.sensitivity import offered_formats
+                    from quantkit.analysis.errors import offered_formats
 
                     steps = [f.row_bytes(info.columns) * info.rows for f in offered_formats(info)]
                     now = next(f.row_bytes(info.columns) * info.rows for f in offered_formats(info) if f.name == entry.format)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantkit.analysis.activations import fp8, int8, relative_error
+from quantkit.analysis.moments import MomentWriter, same_input
 from quantkit.analysis.texts import CalibrationText
 from quantkit.checkpoint import Checkpoint
 from quantkit.encoders.stats import ActivationStats, TensorStats
@@ -52,7 +53,8 @@ class Calibration:
 class _Moments:
     """An Observer that sums x² per channel and expert and keeps peaks."""
 
-    def __init__(self, checkpoint: Checkpoint, calibration: Calibration) -> None:
+    def __init__(self, checkpoint: Checkpoint, calibration: Calibration, full: MomentWriter | None) -> None:
+        self._full = full
         self._checkpoint = checkpoint
         self._out = calibration
         self._last: tuple[torch.Tensor, np.ndarray] | None = None
@@ -66,7 +68,7 @@ class _Moments:
             shape = (info.experts, info.columns)
             entry = TensorStats(np.zeros(shape, np.float64), np.zeros(info.experts, np.float64))  # type: ignore[arg-type]
             self._out.stats.tensors[name] = entry
-        if self._last is None or self._last[0] is not x:  # q, k and v share one input
+        if self._last is None or not same_input(self._last[0], x):
             self._last = (x, x.square().sum(0, dtype=x.dtype).double().numpy())
         squares = self._last[1]
         if not np.isfinite(squares).all():
@@ -74,6 +76,8 @@ class _Moments:
             raise CalibrationError(
                 f"the input of {name} is not finite in channel {channel}", hint="a weight before it is damaged"
             )
+        if self._full is not None:
+            self._full.add(name, expert, x)
         entry.sum_squares[expert] += squares
         entry.counts[expert] += len(x)
         self._peaks(self._out.facts.setdefault(name, LinearFacts()), x, y, weight)
@@ -94,8 +98,10 @@ class _Moments:
             facts.fp8 = relative_error(sample, fp8(sample, "tensor"), weight)
 
 
-def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress) -> Calibration:
+def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress, full: MomentWriter | None = None) -> Calibration:
     """Second moments of every linear input over the ``train`` windows, one decoder layer in memory.
+
+    full: keeps the whole matrices E[x xᵀ] as well, not only the diagonal.
 
     Raises CalibrationError if an activation is not finite.
     """
@@ -104,7 +110,7 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress)
     result = Calibration(
         ActivationStats(datasets=text.names, chunks=len(text.train), chunk_size=text.window, identity=checkpoint.identity)
     )
-    observer = _Moments(checkpoint, result)
+    observer = _Moments(checkpoint, result, full)
     blocks = Blocks(checkpoint)
     batches = [text.train[i : i + BATCH] for i in range(0, len(text.train), BATCH)]
     with torch.inference_mode():
@@ -115,12 +121,15 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress)
                 for i, states in enumerate(hidden):
                     hidden[i] = layer(states)
                     task.advance(states.shape[0] * states.shape[1])
+            if full is not None:
+                full.flush()
         with blocks.head(observer) as head:
             for states in hidden:
                 for window in states:  # the logits of one window at a time
                     head(window)
                 task.advance(states.shape[0] * states.shape[1])
         task.done()
+    result.stats.moments = full.close() if full is not None else None
     for entry in result.stats.tensors.values():
         entry.sum_squares = entry.sum_squares.astype(np.float32)
         entry.counts = entry.counts.astype(np.float32)

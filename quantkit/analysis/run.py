@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantkit.analysis.calibration import LinearFacts, calibrate
+from quantkit.analysis.errors import decode_after_encode, measure_errors
 from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.imatrix import load_stats, write_imatrix
+from quantkit.analysis.moments import MomentStore, MomentWriter
 from quantkit.analysis.predict import balanced_formats, fill_predictions, fit_composition, probe_formats, summed_cost
 from quantkit.analysis.schemes import measure_schemes
-from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity, decode_after_encode, measure_errors
+from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity
 from quantkit.analysis.superweights import find_super_weights
 from quantkit.analysis.texts import DATA, DEFAULT_MIX, CalibrationText, load_calibration
 from quantkit.checkpoint import Checkpoint
@@ -26,11 +29,12 @@ from quantkit.progress import Progress
 TOKENS = 65536
 FISHER_TOKENS = 8192
 SCHEME_TOKENS = 2048
-PROBE_TOKENS = 8192
+PROBE_TOKENS = 4096
 PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
 COMPOSITION_BPW = (2.1, 2.6, 3.0, 3.5, 4.0, 4.75, 5.5)
-ANALYSIS, IMATRIX, PICTURE = "analysis.json", "imatrix.gguf", "analysis.png"
+ANALYSIS, IMATRIX, PICTURE, MOMENTS = "analysis.json", "imatrix.gguf", "analysis.png", "moments"
+EFFORT = 2  # 1: ggml's search only, 2: error feedback through the inputs' second moments
 
 
 def work_directory(checkpoint_path: Path, work: Path | None) -> Path:
@@ -50,21 +54,24 @@ def analyze(
     imatrix: Path | None = None,
     tokens: int = TOKENS,
     probes: bool | None = None,
+    effort: int = EFFORT,
     progress: Progress | None = None,
 ) -> tuple[Sensitivity, ActivationStats]:
     """Measure what quantizing each tensor costs, and write analysis.json, imatrix.gguf and a picture.
 
     calibration: text files instead of the package's mix. imatrix: statistics to use instead of measuring
-    them. probes: measure the KL divergence of single tensors directly; None decides by the model's size.
+    them. effort: 1 measures ggml's search only, 2 error feedback too. probes: measure the KL divergence of single tensors directly; None decides by the model's size.
     Raises CalibrationError for unusable text or statistics, CheckpointError for a damaged model.
     """
     progress = progress or Progress()
     checkpoint.require_unquantized()
-    key = analysis_key(checkpoint, calibration, imatrix, tokens, probes)
+    key = analysis_key(checkpoint, calibration, imatrix, tokens, probes, effort)
     text = load_calibration(checkpoint, calibration, tokens)
-    stats, facts = _statistics(checkpoint, text, imatrix, progress)
     work.mkdir(parents=True, exist_ok=True)
     (work / ANALYSIS).unlink(missing_ok=True)  # an old analysis must not outlive its statistics
+    shutil.rmtree(work / MOMENTS, ignore_errors=True)  # and neither must their moments
+    writer = MomentWriter(work / MOMENTS, checkpoint, key) if effort > 1 and imatrix is None else None
+    stats, facts = _statistics(checkpoint, text, imatrix, progress, writer)
     write_imatrix(work / IMATRIX, stats)
     fisher = measure_fisher(checkpoint, _spread(text.train, FISHER_TOKENS), progress)
     tensors = measure_errors(checkpoint, stats, fisher, progress)
@@ -100,20 +107,21 @@ def analyze(
 
 
 def _statistics(
-    checkpoint: Checkpoint, text: CalibrationText, imatrix: Path | None, progress: Progress
+    checkpoint: Checkpoint, text: CalibrationText, imatrix: Path | None, progress: Progress, writer: MomentWriter | None
 ) -> tuple[ActivationStats, dict[str, LinearFacts]]:
     """Statistics measured on the text, or read from an imatrix (which tells nothing of peaks)."""
     if imatrix is None:
-        measured = calibrate(checkpoint, text, progress)
+        measured = calibrate(checkpoint, text, progress, writer)
         return measured.stats, measured.facts
     return load_stats(imatrix, checkpoint), {}
 
 
 def analysis_key(
-    checkpoint: Checkpoint, calibration: list[Path] | None, imatrix: Path | None, tokens: int, probes: bool | None
-) -> str:
+    checkpoint: Checkpoint, calibration: list[Path] | None, imatrix: Path | None, tokens: int, probes: bool | None,
+    effort: int = EFFORT,
+) -> str:  # fmt: skip
     """A hash of everything an analysis depends on: it is reused only if this is the same."""
-    digest = hashlib.sha256(f"{checkpoint.identity} {checkpoint.stamp} {tokens} {probes}".encode())
+    digest = hashlib.sha256(f"{checkpoint.identity} {checkpoint.stamp} {tokens} {probes} {effort}".encode())
     for path in [*(calibration or [DATA / name for name in DEFAULT_MIX]), *([imatrix] if imatrix else [])]:
         try:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -144,7 +152,7 @@ def _probe(
     todo = [(name, fmt) for name, t in sensitivity.tensors.items() for fmt in probe_formats(checkpoint.info(name), t.formats)]
     task = progress.task("probe tensors", total=len(todo), unit="probes")
     for name, fmt in todo:
-        value = decoded(checkpoint, stats, name, fmt)
+        value = decoded(checkpoint, stats, name, fmt, sensitivity.tensors[name].formats[fmt].method)
         sensitivity.tensors[name].formats[fmt].probe_kld = model.divergence({name: value})
         task.advance()
     task.done()
@@ -161,7 +169,10 @@ def _measure_composition(
     task = progress.task("probe plans", total=len(COMPOSITION_BPW), unit="plans")
     for bpw in COMPOSITION_BPW:
         formats = balanced_formats(sensitivity, bpw)
-        values = {name: decoded(checkpoint, stats, name, fmt) for name, fmt in formats.items()}
+        values = {
+            name: decoded(checkpoint, stats, name, fmt, sensitivity.tensors[name].formats[fmt].method)
+            for name, fmt in formats.items()
+        }
         predicted.append(summed_cost(sensitivity, formats))
         measured.append(model.divergence(values))
         task.advance()
@@ -169,9 +180,17 @@ def _measure_composition(
     return fit_composition(predicted, measured)
 
 
-def decoded(checkpoint: Checkpoint, stats: ActivationStats, name: str, fmt: str) -> np.ndarray:
+def attach_moments(stats: ActivationStats, work: Path) -> None:
+    """Let statistics that were read back from ``work`` find the full moments of the same run, if it kept them."""
+    stats.moments = MomentStore.open(work / MOMENTS)
+
+
+def decoded(checkpoint: Checkpoint, stats: ActivationStats, name: str, fmt: str, method: str | None = None) -> np.ndarray:
     """A tensor as it comes back from a format, in its own shape, float32."""
     info = checkpoint.info(name)
     weights = checkpoint.read(name).reshape(info.experts, -1, info.columns)
-    parts = [decode_after_encode(weights[e], stats.importance(name, e), get_format(fmt), name) for e in range(info.experts)]
+    parts = [
+        decode_after_encode(weights[e], stats.importance(name, e), get_format(fmt), name, method, stats.moments_of(name, e))
+        for e in range(info.experts)
+    ]
     return np.stack(parts).reshape(info.shape)

@@ -88,6 +88,7 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--imatrix", type=click.Path(path_type=Path), help="Activation statistics made by quantkit or llama-imatrix."),
         click.option("--tokens", type=click.IntRange(512), default=None, help="Calibration tokens (default 65536)."),
         click.option("--probes/--no-probes", default=None, help="Measure single tensors directly (default: for models up to 200M weights)."),
+        click.option("--effort", type=click.IntRange(1, 2), default=None, help="1: ggml's search only; 2 (default): error feedback through the inputs' second moments too."),
         click.option("--work", type=click.Path(path_type=Path), help="Work directory (default ./NAME.quantkit)."),
         click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer where it cannot be recognized."),
     ]  # fmt: skip
@@ -117,13 +118,13 @@ def budget(function: Callable[..., None]) -> Callable[..., None]:
 
 def make_options(values: dict[str, Any]) -> Any:
     """Options of the API from those of the command line."""
-    from quantkit.analysis.run import TOKENS
+    from quantkit.analysis.run import EFFORT, TOKENS
     from quantkit.api import Options
     from quantkit.progress import Progress
 
     return Options(
         calibration=values["calibration"], imatrix=values["imatrix"], tokens=values["tokens"] or TOKENS,
-        probes=values["probes"], work=values["work"], pre_tokenizer=values["pre_tokenizer"], progress=Progress.terminal(),
+        probes=values["probes"], effort=values["effort"] or EFFORT, work=values["work"], pre_tokenizer=values["pre_tokenizer"], progress=Progress.terminal(),
     )  # fmt: skip
 
 

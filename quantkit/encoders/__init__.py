@@ -2,11 +2,12 @@
 
 from quantkit.encoders.base import Encoder
 from quantkit.encoders.ggml import GgmlEncoder
+from quantkit.encoders.ldlq import LdlqEncoder
 from quantkit.encoders.nearest import NearestEncoder
 from quantkit.errors import FormatError, PlanError
 from quantkit.formats import Format
 
-ENCODERS: dict[str, Encoder] = {encoder.method: encoder for encoder in (GgmlEncoder(), NearestEncoder())}
+ENCODERS: dict[str, Encoder] = {encoder.method: encoder for encoder in (GgmlEncoder(), NearestEncoder(), LdlqEncoder())}
 
 
 def get_encoder(method: str) -> Encoder:

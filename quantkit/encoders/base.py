@@ -11,6 +11,7 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from quantkit.encoders.stats import Moments
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 
@@ -23,6 +24,7 @@ class Encoder:
     method: ClassVar[str] = ""
     version: ClassVar[int] = 1  # raised when the bytes for the same input change
     serves: ClassVar[frozenset[str]] = frozenset()
+    needs_moments: ClassVar[bool] = False  # full second moments of the inputs, not only their diagonal
 
     def writes(self, fmt: type[Format]) -> bool:
         """Whether the method can write the format."""
@@ -34,6 +36,7 @@ class Encoder:
         importance: npt.NDArray[np.float32] | None,
         fmt: type[Format],
         *,
+        moments: Moments | None = None,
         threads: int | None = None,
         name: str = "tensor",
         at: tuple[int, ...] = (0,),
@@ -41,8 +44,8 @@ class Encoder:
         """Encode a matrix row by row.
 
         weight: float32 (rows, columns). importance: float32 (columns,), the mean square of each input
-        channel (an imatrix row), or None for the format's unweighted search. Returns uint8
-        (rows, bytes per row). ``name`` and ``at``, the index of the first row, are used in error messages.
+        channel (an imatrix row), or None for the format's unweighted search. moments: E[x xᵀ] of the inputs,
+        for methods that use them. Returns uint8 (rows, bytes per row). ``name`` and ``at``, the index of the first row, are used in error messages.
 
         Raises FormatError if the format is not served, the row does not fit or a weight is not finite;
         CalibrationError if the importance has another length or is not finite.

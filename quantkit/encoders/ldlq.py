@@ -7,12 +7,16 @@ inputs are rounded first. Scales and minimums are those of ggml's importance-wei
 
 from __future__ import annotations
 
+from functools import lru_cache
+from threading import Lock
+
 import numpy as np
 import numpy.typing as npt
 
 from quantkit.encoders.base import Encoder, map_rows
 from quantkit.encoders.ggml import GgmlEncoder
 from quantkit.encoders.nearest import code_values
+from quantkit.encoders.stats import Moments
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 from quantkit.formats.grids import grid
@@ -52,6 +56,20 @@ class Sweep:
         self.upper = np.ascontiguousarray(upper, F32)
 
 
+_lock = Lock()
+
+
+@lru_cache(maxsize=8)
+def _sweeps(moments: Moments, together: int) -> list[Sweep]:
+    return [Sweep(np.asarray(block), together) for block in moments.read()]
+
+
+def sweeps_of(moments: Moments, together: int) -> list[Sweep]:
+    """A sweep for each diagonal block of the moments; made once for the slices of a tensor."""
+    with _lock:
+        return _sweeps(moments, together)
+
+
 class LdlqEncoder(Encoder):
     """Serves every format but those in base three and the unquantized ones."""
 
@@ -68,12 +86,31 @@ class LdlqEncoder(Encoder):
                 f"{name}: method ldlq does not write {fmt.name}", hint="`quantkit formats` lists what can be written"
             )
         packed = GgmlEncoder().encode(weight, importance, fmt, threads=threads, name=name, at=at)
-        if moments is None:
-            return packed
+        return self.refine(weight, packed, fmt, moments, threads=threads, name=name) if moments is not None else packed
+
+    def refine(self, weight, packed, fmt, moments, *, threads=None, name="tensor"):
+        """New codes for what ggml's search has packed: uint8 (rows, bytes per row), scales and minimums unchanged.
+
+        Raises CalibrationError if the moments belong to rows of another length or are not positive definite.
+        """
         book = isinstance(fmt.values, Grid)
-        sweep = moments if isinstance(moments, Sweep) else Sweep(moments, 8 if book else 1)
+        x = np.ascontiguousarray(weight, F32)
+        sweeps = sweeps_of(moments, 8 if book else 1)
+        width = len(sweeps[0].order)
+        if width * len(sweeps) != x.shape[1]:
+            raise CalibrationError(
+                f"{name} has rows of {x.shape[1]} weights but its moments cover {width * len(sweeps)}",
+                hint="run `quantkit analyze` again",
+            )
+        out = np.empty_like(packed)
+        step = width // fmt.elements * fmt.block_bytes()
         again = requantize_book if book else requantize
-        return again(np.ascontiguousarray(weight, F32), packed, fmt, sweep, threads)
+        for k, sweep in enumerate(sweeps):
+            part = np.ascontiguousarray(packed[:, k * step : (k + 1) * step])
+            out[:, k * step : (k + 1) * step] = again(
+                np.ascontiguousarray(x[:, k * width : (k + 1) * width]), part, fmt, sweep, threads
+            )
+        return out
 
 
 def requantize(

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments E[x xᵀ] of one matrix's inputs, read when needed.
+
+    key: says which; equal keys mean equal moments. read: gives float32 (blocks, width, width), diagonal blocks that
+    together cover all columns (one block unless the rows are very long).
+    """
+
+    key: str
+    read: Callable[[], npt.NDArray[np.float32]] = field(compare=False)
+
+
+class MomentSource(Protocol):
+    """Where moments come from, by tensor and expert."""
+
+    key: str
+
+    def get(self, name: str, expert: int = 0) -> Moments | None:
+        """Moments of one expert's inputs, None where nothing is known."""
 
 
 @dataclass
@@ -33,13 +56,18 @@ class TensorStats:
 
 @dataclass
 class ActivationStats:
-    """Statistics by GGUF tensor name, and where they come from."""
+    """Statistics by GGUF tensor name, and where they come from. moments: full second moments, where they were kept."""
 
     tensors: dict[str, TensorStats] = field(default_factory=dict)
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     chunk_size: int = 512
     identity: str = ""
+    moments: MomentSource | None = None
+
+    def moments_of(self, name: str, expert: int = 0) -> Moments | None:
+        """Second moments of one expert's inputs, None where they were not kept."""
+        return None if self.moments is None else self.moments.get(name, expert)
 
     def covers(self, name: str) -> bool:
         """Whether every expert of a tensor has statistics."""

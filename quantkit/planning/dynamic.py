@@ -167,7 +167,13 @@ def _explain(
             uncovered = sensitivity.tensors[info.name].uncovered_experts
             if uncovered:
                 why.append(f"experts {uncovered} were not reached by the calibration text")
-            plan.tensors[info.name] = Assignment(choice.label, default_method(get_format(choice.label)), "; ".join(why))
+            plan.tensors[info.name] = Assignment(choice.label, _method(sensitivity, info, choice.label), "; ".join(why))
+
+
+def _method(sensitivity: Sensitivity, info: TensorInfo, name: str) -> str:
+    """The method that left the least error in the analysis; ggml's search for a format it did not measure."""
+    measured = sensitivity.tensors[info.name].formats.get(name)
+    return measured.method if measured is not None else default_method(get_format(name))
 
 
 def _nats(value: float) -> str:

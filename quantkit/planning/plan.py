@@ -89,8 +89,13 @@ class Plan:
             raise TypeError("use_importance is true or false, predicted_kld a number or null")
 
     def check_importance(self, stats: ActivationStats | None) -> None:
-        """Raise PlanError if a tensor's format cannot be encoded without statistics that are missing."""
+        """Raise PlanError if a tensor's format or method needs statistics that are missing."""
         for name, entry in self.tensors.items():
+            if get_encoder(entry.method).needs_moments and (stats is None or stats.moments is None):
+                raise PlanError(
+                    f"the plan encodes {name} with {entry.method}, and the inputs' second moments are not there",
+                    hint="run `quantkit analyze` (not with --imatrix), or change the method to ggml in the plan",
+                )
             if not get_format(entry.format).needs_importance:
                 continue
             known = stats.tensors.get(name) if stats is not None else None

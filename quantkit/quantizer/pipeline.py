@@ -64,8 +64,9 @@ class Job:
                 importance = np.ones(info.columns, np.float32)
         first = start - expert * (info.rows // info.experts)
         at = (expert, first) if info.experts > 1 else (first,)
-        fmt = get_format(entry.format)
-        return get_encoder(entry.method).encode(rows, importance, fmt, threads=1, name=info.name, at=at)
+        encoder = get_encoder(entry.method)
+        moments = self.stats.moments_of(info.name, expert) if self.stats is not None and encoder.needs_moments else None
+        return encoder.encode(rows, importance, get_format(entry.format), moments=moments, threads=1, name=info.name, at=at)
 
     def slices(self, info: TensorInfo) -> Iterator[tuple[int, int, int]]:
         """(expert, first row, end row) in order; small enough that every thread has work."""

@@ -32,10 +32,13 @@ def cache_key(
 
     ones: whether experts without statistics are weighed with ones.
     """
-    version = get_encoder(entry.method).version
+    encoder = get_encoder(entry.method)
+    version = encoder.version
     digest = hashlib.sha256(
         f"{checkpoint.identity} {checkpoint.stamp} {info.name} {entry.format} {entry.method} {version}".encode()
     )
+    if encoder.needs_moments and stats is not None and stats.moments is not None:
+        digest.update(stats.moments.key.encode())
     known = stats.tensors.get(info.name) if stats else None
     if known is not None:
         digest.update(known.sum_squares.tobytes() + known.counts.tobytes())
