@@ -110,6 +110,8 @@ def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) ->
         raise CalibrationError(f"{work} holds the analysis of another model ({sensitivity.model})", hint="choose another --work")
     check_stats(stats, checkpoint)
     attach_moments(stats, work)
+    if options.effort > 1 and sensitivity.calibration.get("imatrix") is None and stats.moments is None:
+        return None  # somebody deleted them
     default = not options.given and options.tokens == TOKENS and options.probes is None and options.effort == EFFORT
     same = default and sensitivity.calibration.get("stamp") == checkpoint.stamp
     return (sensitivity, stats) if same or sensitivity.calibration.get("key") == key else None
@@ -290,9 +292,11 @@ def compare(
     )
     if html is not None:
         path = work_directory(Path(reference), Path(work) if work else None) / ANALYSIS
-        sensitivity = Sensitivity.read(path) if path.exists() else None
-        if sensitivity is not None and sensitivity.identity != open_checkpoint(reference).identity:
-            sensitivity = None
+        sensitivity = None
+        if path.exists():
+            with contextlib.suppress(QuantkitError):  # the report only shows it beside its own numbers
+                found = Sensitivity.read(path)
+                sensitivity = found if found.identity == open_checkpoint(reference).identity else None
         write_html(report, Path(html), sensitivity)
     return report
 

@@ -23,7 +23,7 @@ from quantkit.planning.dynamic import dynamic_plan
 from quantkit.planning.plan import Assignment, Plan
 from quantkit.planning.policy import Keep, Policy
 from quantkit.planning.solver import Choice, solve_knapsack
-from quantkit.planning.standard import standard_plan
+from quantkit.planning.standard import standard_plan, uniform_plan
 
 
 @settings(max_examples=60, deadline=None)
@@ -197,3 +197,33 @@ def test_rows_that_no_super_block_fits_get_legacy_formats(tiny_folder, tmp_path)
     size, _ = budget_bytes(Request(bpw=5.5), checkpoint, stats)
     plan = dynamic_plan(checkpoint, sensitivity, stats, size, Policy())
     assert all(get_format(e.format).elements <= 64 for e in plan.tensors.values())
+
+
+def test_formats_can_be_restricted(analyzed, tmp_path):
+    folder, work, _ = analyzed
+    checkpoint, sensitivity = open_checkpoint(folder), Sensitivity.read(work / ANALYSIS)
+    stats = read_imatrix(work / IMATRIX)
+    size, _ = budget_bytes(Request(bpw=4.5), checkpoint, stats)
+    plan = dynamic_plan(checkpoint, sensitivity, stats, size, Policy(patterns=("q?_k", "Q8_0")))
+    assert {e.format for e in plan.tensors.values()} <= {"F32", "F16", "BF16", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0"}
+    assert any("only formats like" in rule for rule in plan.constraints)
+    with pytest.raises(PlanError, match="--formats 'Z\\*' matches no format"):
+        dynamic_plan(checkpoint, sensitivity, stats, size, Policy(patterns=("Z*",)))
+
+
+def test_a_format_that_needs_statistics_is_refused_without(analyzed):
+    folder, work, _ = analyzed
+    checkpoint = open_checkpoint(folder)
+    stats = read_imatrix(work / IMATRIX)
+    plan = uniform_plan(checkpoint, "IQ2_XS", stats)
+    assert (
+        plan.tensors["token_embd.weight"].format == "IQ2_S"
+        and "needs activation statistics" in plan.tensors["token_embd.weight"].reason
+    )
+    plan.check_importance(stats)
+    with pytest.raises(PlanError, match="there are no activation statistics for it"):
+        plan.check_importance(None)
+    name = next(n for n, e in plan.tensors.items() if e.format == "IQ2_XS" and checkpoint.info(n).experts > 1)
+    stats.tensors[name].counts[1] = 0
+    with pytest.raises(PlanError, match=rf"{name} cannot become IQ2_XS: no calibration token reached experts \[1\]"):
+        plan.check_importance(stats)

@@ -13,7 +13,7 @@ COMMANDS = {
     "quantize": "Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.",
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
     "verify": "Check a file or folder against its manifest and its own hashes.",
-    "formats": "Every format: bits, block, container, speed class.",
+    "formats": "Every format: bits, block, zero, multiplier; with a name, its bytes drawn.",
 }
 
 

@@ -20,8 +20,9 @@ def command(name: str | None, as_json: bool) -> None:
         return
     blocks, folders = block_rows(), folder_rows()
     if as_json:
-        wanted = None if name is None else name.upper()
-        emit_json({"formats": [row for row in blocks + folders if wanted in (None, row["name"])]})
+        if name is not None:
+            one_format(name)  # refuses a name that neither registry has
+        emit_json({"formats": [row for row in blocks + folders if name is None or row["name"] == name.upper()]})
         return
     print_table(
         "formats of a GGUF file",

@@ -109,7 +109,7 @@ def budget(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--ubatch", type=click.IntRange(1, 2048), default=512, show_default=True, help="Micro-batch for --fit."),
         click.option("--no-flash-attention", is_flag=True, help="Count buffers without flash attention for --fit."),
         click.option("--keep", multiple=True, metavar="REGEX=FORMAT", help="Give this format to tensors in whose name the expression is found (repeatable; the first match wins)."),
-        click.option("--formats", "only", multiple=True, metavar="PATTERN", help="Use only formats of this name or pattern, such as 'Q*' for no I-quants (repeatable)."),
+        click.option("--formats", "only", multiple=True, metavar="PATTERN", help="Use only formats of this name or pattern, such as 'Q?_K' (repeatable; default: all)."),
     ]  # fmt: skip
     for option in reversed(options):
         function = option(function)

@@ -1,6 +1,7 @@
-"""Numba: rounding with error feedback, sixteen rows at a time, codes on fixed scales.
+"""Numba: rounding with error feedback, codes on fixed scales.
 
-The rows of a weight do not depend on each other, so they are the lanes: every step works on LANES rows.
+The rows of a weight do not depend on each other, so they are the lanes where a code is one weight: every step
+works on LANES rows. Code books take one row at a time.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def draw(fmt: type[Format]) -> str:
 def contents(fmt: type[Format], field: str) -> str:
     """What a field holds, in words."""
     kind = fmt.layout[field]
-    if kind == np.float16:
+    if kind == np.float16 and fmt.codes is not None:
         return "half-precision " + ("minimum" if field == fmt.block_minimum else "scale")
     found = []
     for name, part in fmt.integers().items():

@@ -153,7 +153,7 @@ def _notes(plan: FolderPlan, misfits: dict[str, str]) -> list[str]:
             effect = "it forgets their weight_global_scale and computes wrong numbers"
         elif name.startswith(("GPTQ", "AWQ")):
             effect = "it warns and leaves them random"
-        out.append(f"transformers 5.23 does not load experts in {name}: {effect}; the folder is for vLLM")
+        out.append(f"transformers 5.23 does not load experts in {name}: {effect}; other readers may")
     elif plain and name not in PLAIN_EXPERTS_LOAD:
-        out.append(f"transformers 5.23 does not load plain experts beside layers in {name}; the folder is for vLLM")
+        out.append(f"transformers 5.23 does not load plain experts beside layers in {name}; other readers may")
     return out
