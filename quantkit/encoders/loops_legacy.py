@@ -5,6 +5,9 @@ Source: llama.cpp, ggml/src/ggml-quants.c. Signatures as in loops_kquants.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 from numba import njit
 
@@ -56,40 +59,45 @@ def plain_scale(row, at, half_range, top):
     return d, low, inverse, np.float32(0.5)
 
 
-@njit(**OPTIONS)
-def encode_plain(x, out, half_range, top, block_bytes, at_low, at_high):
+@cache
+def plain_encoder(half_range: int, top: int, block_bytes: int, at_low: int, at_high: int) -> Callable[..., None]:
     """Without importance: codes = trunc((x − low) / d + offset), nibbles at byte at_low, fifth bits at at_high.
 
-    half_range: 8 or 16 for Q4_0 and Q5_0, 0 for the formats with a minimum.
+    half_range: 8 or 16 for Q4_0 and Q5_0, 0 for the formats with a minimum. All are constants of the compiled code.
     """
-    blocks = x.shape[1] // 32
-    unknown = x.shape[1] // max(2 * blocks, 1)  # 16 too; the compiler vectorizes loops of known length differently
-    run = 16 if half_range == 0 and top == 15 else unknown
-    limit = np.float32(top)
-    fifth = np.empty(32, np.uint32)
-    for r in range(x.shape[0]):
-        row, dst = x[r], out[r]
-        for b in range(blocks):
-            at, o = 32 * b, block_bytes * b
-            d, low, inverse, offset = plain_scale(row, at, half_range, top)
-            put_half(dst, o + D, to_half(d))
-            if half_range == 0:
-                put_half(dst, o + M, to_half(low))
-            o += at_low
-            for i in range(run):
-                first = np.int32(min((row[at + i] - low) * inverse + offset, limit))
-                second = np.int32(min((row[at + run + i] - low) * inverse + offset, limit))
-                dst[o + i] = np.uint8((first & 15) | ((second & 15) << 4))
+
+    @njit(**OPTIONS)
+    def encode(x, out):
+        blocks = x.shape[1] // 32
+        unknown = x.shape[1] // max(2 * blocks, 1)  # 16 too; the compiler vectorizes loops of known length differently
+        run = 16 if half_range == 0 and top == 15 else unknown
+        limit = np.float32(top)
+        fifth = np.empty(32, np.uint32)
+        for r in range(x.shape[0]):
+            row, dst = x[r], out[r]
+            for b in range(blocks):
+                at, o = 32 * b, block_bytes * b
+                d, low, inverse, offset = plain_scale(row, at, half_range, top)
+                put_half(dst, o + D, to_half(d))
+                if half_range == 0:
+                    put_half(dst, o + M, to_half(low))
+                o += at_low
+                for i in range(run):
+                    first = np.int32(min((row[at + i] - low) * inverse + offset, limit))
+                    second = np.int32(min((row[at + run + i] - low) * inverse + offset, limit))
+                    dst[o + i] = np.uint8((first & 15) | ((second & 15) << 4))
+                    if top == 31:
+                        fifth[i] = np.uint32(first >> 4)
+                        fifth[run + i] = np.uint32(second >> 4)
                 if top == 31:
-                    fifth[i] = np.uint32(first >> 4)
-                    fifth[run + i] = np.uint32(second >> 4)
-            if top == 31:
-                o += at_high - at_low
-                word = np.uint32(0)
-                for i in range(32):
-                    word |= fifth[i] << np.uint32(i)
-                for i in range(4):
-                    dst[o + i] = np.uint8((word >> np.uint32(8 * i)) & np.uint32(255))
+                    o += at_high - at_low
+                    word = np.uint32(0)
+                    for i in range(32):
+                        word |= fifth[i] << np.uint32(i)
+                    for i in range(4):
+                        dst[o + i] = np.uint8((word >> np.uint32(8 * i)) & np.uint32(255))
+
+    return encode
 
 
 @njit(**OPTIONS)
@@ -157,7 +165,7 @@ def encode_q4_0(x, importance, weighted, out):
     if weighted:
         encode_symmetric(x, importance, out, 8, B40, P40, NONE)
     else:
-        encode_plain(x, out, 8, 15, B40, P40[0], 0)
+        plain_encoder(8, 15, B40, P40[0], 0)(x, out)
 
 
 def encode_q5_0(x, importance, weighted, out):
@@ -165,7 +173,7 @@ def encode_q5_0(x, importance, weighted, out):
     if weighted:
         encode_symmetric(x, importance, out, 16, B50, P50, H50)
     else:
-        encode_plain(x, out, 16, 31, B50, P50[0], H50[0])
+        plain_encoder(16, 31, B50, P50[0], H50[0])(x, out)
 
 
 def encode_q4_1(x, importance, weighted, out):
@@ -173,7 +181,7 @@ def encode_q4_1(x, importance, weighted, out):
     if weighted:
         encode_affine(x, importance, out, 15, B41, P41, NONE)
     else:
-        encode_plain(x, out, 0, 15, B41, P41[0], 0)
+        plain_encoder(0, 15, B41, P41[0], 0)(x, out)
 
 
 def encode_q5_1(x, importance, weighted, out):
@@ -181,4 +189,4 @@ def encode_q5_1(x, importance, weighted, out):
     if weighted:
         encode_affine(x, importance, out, 31, B51, P51, H51)
     else:
-        encode_plain(x, out, 0, 31, B51, P51[0], H51[0])
+        plain_encoder(0, 31, B51, P51[0], H51[0])(x, out)
