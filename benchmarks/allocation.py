@@ -23,13 +23,13 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.encoders.stats import ActivationStats
 from quantkit.evaluation.compare import compare, evaluation_windows
 from quantkit.planning.dynamic import dynamic_plan, predicted_cost
-from quantkit.planning.plan import Plan
+from quantkit.planning.plan import Assignment, Plan
 from quantkit.planning.policy import Policy
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
 
 MODELS = ("qk-dense-6m", "qk-moe-11m")
-MIXES = {"Q4_K_M": 0.7, "Q3_K_M": 0.6, "Q2_K": 0.6}  # limit of the ratio to the stock mix
+MIXES = {"Q4_K_M": 0.35, "Q3_K_M": 0.28, "Q2_K": 0.28}  # limit of the ratio to the stock mix
 CALIBRATION = ("tinystories/stories.txt", *(f"calibration/{n}.utf8" for n in ("c4", "wiki", "code", "technical")))
 CALIBRATION_BYTES = 120_000  # of each file
 JUDGED = {"TinyStories held out": "tinystories/heldout.txt", "WikiText-2 test": "wikitext2/wiki.test.raw"}
@@ -130,11 +130,17 @@ def prediction(checkpoint: Checkpoint, sensitivity: Sensitivity, stats: Activati
     windows = np.concatenate([evaluation_windows(checkpoint, [SHARED / "data" / name], 512, 4096) for name in JUDGED.values()])
     model = ProbeModel(checkpoint, windows)
     rows = []
+    known: dict[tuple[str, str, str], np.ndarray] = {}
+
+    def value(name: str, entry: Assignment) -> np.ndarray:
+        key = (name, entry.format, entry.method)
+        if key not in known:
+            known[key] = decoded(checkpoint, stats, *key)
+        return known[key]
+
     for number, size in enumerate(sizes):
         for plan in varied_plans(checkpoint, sensitivity, stats, size, seed=number):
-            values = {
-                n: decoded(checkpoint, stats, n, plan.tensors[n].format, plan.tensors[n].method) for n in sensitivity.tensors
-            }
+            values = {n: value(n, plan.tensors[n]) for n in sensitivity.tensors}
             measured = model.divergence(values)
             rows.append(
                 {
