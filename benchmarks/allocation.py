@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -49,13 +50,13 @@ def calibration_files(folder: Path) -> list[Path]:
     return out
 
 
-def make_stock(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
-    """llama-imatrix and llama-quantize on a BF16 file of the model."""
+def make_stock(checkpoint: Checkpoint, folder: Path, mixes: Iterable[str] = tuple(MIXES)) -> dict[str, Path]:
+    """llama-imatrix and llama-quantize on a BF16 file of the model: one file for each mix."""
     source, imatrix = folder / "bf16.gguf", folder / "stock-imatrix.gguf"
     run(checkpoint, uniform_plan(checkpoint, "BF16", None), source, force=True)
     tool("llama-imatrix", "-m", source, "-f", folder / "all.txt", "-o", imatrix, "-c", "512")
     out = {}
-    for mix in MIXES:
+    for mix in mixes:
         out[mix] = folder / f"stock-{mix}.gguf"
         tool("llama-quantize", "--imatrix", imatrix, source, out[mix], mix)
     return out

@@ -12,8 +12,8 @@ import collections
 import tempfile
 from pathlib import Path
 
-from allocation import JUDGED, JUDGED_TOKENS, calibration_files
-from common import SHARED, tool, write_results
+from allocation import JUDGED, JUDGED_TOKENS, calibration_files, make_stock
+from common import SHARED, write_results
 
 from quantkit.analysis.run import analyze
 from quantkit.analysis.sensitivity import Sensitivity
@@ -25,7 +25,6 @@ from quantkit.formats import get_format
 from quantkit.planning.dynamic import dynamic_plan
 from quantkit.planning.plan import Plan
 from quantkit.planning.policy import Policy
-from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
 
 MODEL = "qk-moe-11m"
@@ -33,18 +32,6 @@ MIXES = ("IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_M", "Q2_K")
 WITHOUT = ("Q*", "TQ*", "MXFP4", "NVFP4")
 PROMPT = "Once upon a time there was a little girl named Lily."
 SAMPLE_TOKENS = 60
-
-
-def make_stock(checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
-    """llama-quantize with llama-imatrix, every mix."""
-    source, imatrix = folder / "bf16.gguf", folder / "stock-imatrix.gguf"
-    run(checkpoint, uniform_plan(checkpoint, "BF16", None), source, force=True)
-    tool("llama-imatrix", "-m", source, "-f", folder / "all.txt", "-o", imatrix, "-c", "512")
-    out = {}
-    for mix in MIXES:
-        out[mix] = folder / f"stock-{mix}.gguf"
-        tool("llama-quantize", "--imatrix", imatrix, source, out[mix], mix)
-    return out
 
 
 def expert_bits(checkpoint: Checkpoint, plan: Plan) -> dict[str, float]:
@@ -90,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         files = calibration_files(folder)
-        stock = make_stock(checkpoint, folder)
+        stock = make_stock(checkpoint, folder, MIXES)
         sensitivity, stats = analyze(checkpoint, folder / "work", calibration=files, tokens=200_000)
         made = {
             mix: {

@@ -123,8 +123,9 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The dynamic plan for a budget, written to plan.json in the work directory.
 
-    keep: ``regex=FORMAT``. only: names or patterns (``Q*_K``) of the formats that may be used. Keywords: ``bpw``, ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options.
-    Raises PlanError with the sizes that can be had if the budget is impossible.
+    keep: ``regex=FORMAT``. only: names or patterns (``Q?_K``) of the formats that may be used. Keywords: ``bpw``,
+    ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options. Raises PlanError with the
+    sizes that can be had if the budget is impossible.
     """
     request = request or Request.of(keywords)
     options = _options(options, keywords)

@@ -50,6 +50,9 @@ def test_bytes_equal_ggml(name, weighted, real_weights):
         ours = ENCODER.encode(x, importance, fmt)
         theirs = oracle.encode(oracle.library(), fmt.gguf_id, fmt.row_bytes(768), x, importance)
         assert np.array_equal(ours, theirs), f"{(ours != theirs).any(1).sum()} of {len(x)} rows differ"
+        function = f"dequantize_row_{name.lower().replace('_k', '_K')}"
+        decoded = oracle.decode(oracle.library(), function, theirs, 768)
+        assert np.array_equal(fmt.decode(ours).view(np.uint32), decoded.view(np.uint32))
 
 
 @settings(max_examples=40, deadline=None)

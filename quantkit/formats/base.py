@@ -7,7 +7,7 @@ follow from that statement.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from quantkit.formats.layout import Grid, Integers, Linear, ScaleRule, Table, Tr
 F32 = np.float32
 COMPILED_FROM = 1 << 17  # weights: below, compiling or loading the fast decoder is not worth it
 
+T = TypeVar("T")
 _REGISTRY: dict[str, type[Format]] = {}
 _BY_GGUF_ID: dict[int, type[Format]] = {}
 
@@ -260,12 +261,17 @@ def formats() -> list[type[Format]]:
 def get_format(name: str) -> type[Format]:
     """The format of that name, in any case. Raises FormatError with the nearest names."""
     _load()
-    found = _REGISTRY.get(name.upper())
+    return by_name(_REGISTRY, name, "format")
+
+
+def by_name(registry: dict[str, T], name: str, kind: str) -> T:
+    """The entry of that name, in any case. Raises FormatError with the nearest names."""
+    found = registry.get(name.upper())
     if found is None:
         import difflib
 
-        near = difflib.get_close_matches(name.upper(), _REGISTRY, n=3) or sorted(_REGISTRY)
-        raise FormatError(f"unknown format {name!r}", hint=f"did you mean {', '.join(near)}? `quantkit formats` lists all")
+        near = difflib.get_close_matches(name.upper(), registry, n=3) or sorted(registry)
+        raise FormatError(f"unknown {kind} {name!r}", hint=f"did you mean {', '.join(near)}? `quantkit formats` lists all")
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.errors import FormatError
+from quantkit.formats.base import by_name
 from quantkit.formats.tensors.minifloat import bfloat16_encode
 
 F32 = np.float32
@@ -201,13 +202,7 @@ def tensor_formats() -> list[type[TensorFormat]]:
 def get_tensor_format(name: str) -> type[TensorFormat]:
     """The format of that name, in any case. Raises FormatError with the nearest names."""
     _load()
-    found = _REGISTRY.get(name.upper())
-    if found is None:
-        import difflib
-
-        near = difflib.get_close_matches(name.upper(), _REGISTRY, n=3) or sorted(_REGISTRY)
-        raise FormatError(f"unknown safetensors format {name!r}", hint=f"did you mean {', '.join(near)}?")
-    return found
+    return by_name(_REGISTRY, name, "safetensors format")
 
 
 def _load() -> None:
