@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from quantkit.encoders.base import Encoder, map_rows
 from quantkit.encoders.ggml import GgmlEncoder
-from quantkit.encoders.nearest import code_values
+from quantkit.encoders.nearest import code_values, lowest_code
 from quantkit.encoders.stats import Moments
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
@@ -144,8 +144,7 @@ def requantize(
 
     map_rows(work, rows, columns, threads)
     numbers = codes if linear else order[codes]
-    low = int(values[0]) if isinstance(fmt.codes, Integers) and fmt.codes.signed else 0
-    parts["codes"] = (numbers + low).reshape(len(blocks), fmt.elements)
+    parts["codes"] = (numbers + lowest_code(fmt)).reshape(len(blocks), fmt.elements)
     return fmt.pack(parts).reshape(rows, -1)
 
 

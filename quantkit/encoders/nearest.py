@@ -28,9 +28,12 @@ def code_values(fmt: type[Format]) -> npt.NDArray[np.float32]:
         return np.array(fmt.values.entries, F32)
     assert isinstance(fmt.values, Linear)
     codes = np.arange(fmt.values.count or (2**fmt.codes.width if isinstance(fmt.codes, Integers) else 3))
-    if isinstance(fmt.codes, Integers) and fmt.codes.signed:
-        codes = codes - 2 ** (fmt.codes.width - 1)
-    return (codes - fmt.values.zero).astype(F32)
+    return (codes + lowest_code(fmt) - fmt.values.zero).astype(F32)
+
+
+def lowest_code(fmt: type[Format]) -> int:
+    """The code that the first entry of ``code_values`` belongs to: negative where codes are two's complement."""
+    return -(2 ** (fmt.codes.width - 1)) if isinstance(fmt.codes, Integers) and fmt.codes.signed else 0
 
 
 def nearest_index(x: np.ndarray, values: np.ndarray) -> npt.NDArray[np.int64]:
@@ -75,8 +78,7 @@ def encode_blocks(x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], fmt: t
     with np.errstate(divide="ignore", invalid="ignore"):
         target = np.where(scale[..., None] != 0, (x - minimum[..., None]) / scale[..., None], 0)
     codes = nearest_index(target, values).reshape(len(x), -1)
-    low = int(values[0]) if isinstance(fmt.codes, Integers) and fmt.codes.signed else 0
-    parts["codes"] = codes + low
+    parts["codes"] = codes + lowest_code(fmt)
     return fmt.pack(parts)
 
 
