@@ -2,7 +2,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-formats bench-low-bits bench-quantize clean
+.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-formats bench-low-bits bench-quality bench-quantize \
+	bench-super-weights bench-twins clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -42,8 +43,17 @@ bench-formats: setup-dev  ## every format against ggml's C: encode, decode, comp
 bench-low-bits: setup-dev  ## about 2 bits per weight: with and without I-quants (needs ../shared)
 	$(PY) benchmarks/low_bits.py
 
+bench-quality: setup-dev  ## all methods, llama-quantize and other quantizers at equal bytes (needs ../shared; ARGS=...)
+	$(PY) benchmarks/quality.py $(ARGS)
+
 bench-quantize: setup-dev  ## wall time and memory against llama-quantize on a file of over 1 GB
 	$(PY) benchmarks/quantize.py
+
+bench-super-weights: setup-dev  ## a planted super weight: collapse and rescue (needs ../shared)
+	$(PY) benchmarks/super_weights.py
+
+bench-twins: setup-dev  ## outlier twins against the plain models (needs ../shared)
+	$(PY) benchmarks/twins.py
 
 clean:
 	rm -rf demo *.quantkit build *.egg-info

@@ -31,8 +31,8 @@ from quantkit.quantizer.pipeline import run
 
 MODELS = ("qk-dense-6m", "qk-moe-11m")
 MIXES = {"Q4_K_M": 0.35, "Q3_K_M": 0.28, "Q2_K": 0.28}  # limit of the ratio to the stock mix
-CALIBRATION = ("tinystories/stories.txt", *(f"calibration/{n}.utf8" for n in ("c4", "wiki", "code", "technical")))
-CALIBRATION_BYTES = 120_000  # of each file
+CALIBRATION = ("tinystories/stories.txt", "calibration/c4.utf8", "calibration/wiki.utf8")
+CALIBRATION_BYTES = 200_000  # of each file
 JUDGED = {"TinyStories held out": "tinystories/heldout.txt", "WikiText-2 test": "wikitext2/wiki.test.raw"}
 JUDGED_TOKENS = 32768
 PLANS = 12

@@ -8,26 +8,27 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.analysis.imatrix import check_stats, load_stats, read_imatrix
-from quantkit.analysis.run import ANALYSIS, EFFORT, IMATRIX, TOKENS, analysis_key, attach_moments, work_directory
-from quantkit.analysis.run import analyze as run_analysis
+from quantkit.analysis.imatrix import load_stats
+from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, refit_windows, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
-from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
+from quantkit.errors import OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
 from quantkit.planning.budget import Request, budget_bytes
-from quantkit.planning.dynamic import dynamic_plan, total_prediction
+from quantkit.planning.dynamic import CostOf, dynamic_plan, total_prediction
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
-from quantkit.planning.policy import Keep, Policy
+from quantkit.planning.policy import Keep, Policy, parse_floors
+from quantkit.planning.speed import SpeedRequest
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
+from quantkit.planning.sweep import STEPS, Sweep, judging_windows, make_sweep, measure_sweep, require_measurable
 from quantkit.progress import Progress
 from quantkit.quantizer.folder import folder_name
 from quantkit.quantizer.folder import run as write_folder
@@ -35,37 +36,14 @@ from quantkit.quantizer.folder_plan import folder_format
 from quantkit.quantizer.manifest import Manifest
 from quantkit.quantizer.pipeline import check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
+from quantkit.quantizer.refine import refined
+from quantkit.quantizer.refit import refit
+from quantkit.session import FOLDED, Options, analysis_of, without_outliers
 
 PLAN, TENSORS = "plan.json", "tensors"
-
-
-@dataclass
-class Options:
-    """What analyze takes, and quantize too, because it runs analyze where that is missing.
-
-    calibration: text files instead of the package's mix. imatrix: statistics made elsewhere. tokens: how
-    much text. probes: measure single tensors directly (None: if the model is small). work: the work
-    directory (None: ./NAME.quantkit). effort: 1 uses ggml's search only, 2 error feedback too. pre_tokenizer: llama.cpp's name where it cannot be recognized.
-    """
-
-    calibration: Sequence[Path] = ()
-    imatrix: Path | None = None
-    tokens: int = TOKENS
-    probes: bool | None = None
-    work: Path | None = None
-    effort: int = EFFORT
-    pre_tokenizer: str | None = None
-    progress: Progress = field(default_factory=Progress)
-
-    def __post_init__(self) -> None:
-        self.calibration = [Path(path) for path in self.calibration]
-        self.imatrix = Path(self.imatrix) if self.imatrix is not None else None
-        self.work = Path(self.work) if self.work is not None else None
-
-    @property
-    def given(self) -> bool:
-        """Whether the user brought statistics or text of their own."""
-        return bool(self.calibration) or self.imatrix is not None
+REFINE_EFFORT, REFIT_EFFORT = 3, 4
+EPOCHS = {3: 1.0, 4: 1.0, 5: 3.0}  # passes over the calibration text that refining takes
+SWEEP, SWEEP_PICTURE = "sweep.json", "sweep.png"
 
 
 def _options(options: Options | None, keywords: dict[str, Any]) -> Options:
@@ -82,48 +60,17 @@ def analyze(model: str | Path, options: Options | None = None, **keywords: Any) 
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     checkpoint.require_unquantized()
-    return _analysis(checkpoint, options)[0]
-
-
-def _analysis(checkpoint: Checkpoint, options: Options) -> tuple[Sensitivity, ActivationStats]:
-    work = work_directory(checkpoint.path, options.work)
-    files = [Path(p) for p in options.calibration] or None
-    key = analysis_key(checkpoint, files, options.imatrix, options.tokens, options.probes, options.effort)
-    if (work / ANALYSIS).exists() and (work / IMATRIX).exists():
-        known = _reusable(work, checkpoint, key, options)
-        if known is not None:
-            return known
-    return run_analysis(
-        checkpoint, work, calibration=files, imatrix=options.imatrix, tokens=options.tokens, probes=options.probes,
-        effort=options.effort, progress=options.progress,
-    )  # fmt: skip
-
-
-def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) -> tuple[Sensitivity, ActivationStats] | None:
-    """The analysis in the work directory if it is of this model, and of this input where one was given."""
-    try:
-        sensitivity = Sensitivity.read(work / ANALYSIS)
-        stats = read_imatrix(work / IMATRIX)
-    except QuantkitError:
-        return None
-    if sensitivity.identity != checkpoint.identity:
-        raise CalibrationError(f"{work} holds the analysis of another model ({sensitivity.model})", hint="choose another --work")
-    check_stats(stats, checkpoint)
-    attach_moments(stats, work)
-    if options.effort > 1 and sensitivity.calibration.get("imatrix") is None and stats.moments is None:
-        return None  # somebody deleted them
-    default = not options.given and options.tokens == TOKENS and options.probes is None and options.effort == EFFORT
-    same = default and sensitivity.calibration.get("stamp") == checkpoint.stamp
-    return (sensitivity, stats) if same or sensitivity.calibration.get("key") == key else None
+    return analysis_of(*without_outliers(checkpoint, options))[0]
 
 
 def plan(
     model: str | Path, request: Request | None = None, keep: Sequence[str] = (), options: Options | None = None, *,
-    only: Sequence[str] = (), **keywords: Any,
+    only: Sequence[str] = (), floors: Sequence[str] = (), speed: SpeedRequest | None = None, **keywords: Any,
 ) -> Plan:  # fmt: skip
     """The dynamic plan for a budget, written to plan.json in the work directory.
 
-    keep: ``regex=FORMAT``. only: names or patterns (``Q?_K``) of the formats that may be used. Keywords: ``bpw``,
+    keep: ``regex=FORMAT``. only: names or patterns (``Q?_K``) of the formats that may be used. speed: tokens per
+    second that it must reach (see :class:`SpeedRequest`). Keywords: ``bpw``,
     ``size``, ``fit``, ``like``, ``run`` (see :class:`Request`) and the fields of Options. Raises PlanError with the
     sizes that can be had if the budget is impossible.
     """
@@ -131,45 +78,110 @@ def plan(
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     checkpoint.require_unquantized()
-    return _dynamic(checkpoint, request, keep, options, only)[0]
+    return _dynamic(checkpoint, request, keep, options, only, floors, speed)[0]
 
 
 def _dynamic(
-    checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options, only: Sequence[str] = ()
-) -> tuple[Plan, ActivationStats]:
-    policy = Policy(keeps=[Keep.parse(text) for text in keep], patterns=tuple(only))
+    checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options, only: Sequence[str] = (), floors: Sequence[str] = (),
+    speed: SpeedRequest | None = None,
+) -> tuple[Plan, ActivationStats]:  # fmt: skip
+    policy = Policy(keeps=[Keep.parse(text) for text in keep], patterns=tuple(only), floors=parse_floors(floors))
     policy.check_used(checkpoint)
     if request.fit is not None or request.size is not None:
         budget_bytes(request, checkpoint, None)  # what is impossible is refused before the analysis
-    sensitivity, stats = _analysis(checkpoint, options)
-    policy.super_weight_tensors = frozenset(w["tensor"] for w in sensitivity.super_weights)
-    policy.tied_heads = frozenset({"token_embd.weight"} if checkpoint.tied else ())
-    size, asked = budget_bytes(request, checkpoint, stats)
-    made = dynamic_plan(checkpoint, sensitivity, stats, size, policy, budget={**asked, "budget_bytes": size})
+    rates = speed.find_rates(options.progress) if speed is not None else None
     work = work_directory(checkpoint.path, options.work)
-    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, options = without_outliers(checkpoint, options)
+    sensitivity, stats = analysis_of(checkpoint, options)
+    _protect(policy, checkpoint, sensitivity)
+    size, asked = budget_bytes(request, checkpoint, stats)
+
+    def solve(cost: CostOf | None = None) -> Plan:
+        return dynamic_plan(
+            checkpoint, sensitivity, stats, size, policy, budget={**asked, "budget_bytes": size}, rates=rates,
+            least_speed=speed.least if speed is not None else None, cost=cost,
+        )  # fmt: skip
+
+    made = solve()
+    if options.effort >= REFIT_EFFORT and sensitivity.estimator == "probes":
+        text = options.text(checkpoint)
+        found = refit(checkpoint, sensitivity, stats, refit_windows(text), solve, options.progress)
+        made = found.plan
+        made.budget["measured_kld"] = found.measured
+        made.constraints += [
+            f"{what}: measured KLD {kld:.4g} nats/token{'' if kept else ', not kept'}" for what, kld, kept in found.history
+        ]
     write_text(work / PLAN, made.to_json())
     return made, stats
 
 
+def _protect(policy: Policy, checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
+    """Add to the rules what the analysis and the model ask for."""
+    policy.super_weight_tensors = frozenset(w["tensor"] for w in sensitivity.super_weights)
+    policy.tied_heads = frozenset({"token_embd.weight"} if checkpoint.tied else ())
+
+
+def sweep(
+    model: str | Path, start: float = 2.0, stop: float = 8.0, steps: int = STEPS, *, keep: Sequence[str] = (), only: Sequence[str] = (), floors: Sequence[str] = (),
+    speed: SpeedRequest | None = None, measure: bool = False, text: Sequence[str | Path] = (), limit: int | None = None,
+    picture: str | Path | None = None, json: str | Path | None = None, options: Options | None = None, **keywords: Any,
+) -> Sweep:  # fmt: skip
+    """The best plan at ``steps`` sizes from ``start`` to ``stop`` bits per weight, and llama-quantize's mixes beside them.
+
+    measure: fill in the true KL divergence of each, on ``text`` (default: what calibration set aside), at most
+    ``limit`` tokens. picture, json: where to write them (default: sweep.png and sweep.json in the work directory).
+    Raises PlanError for a range that is none, and for a model that is too large to measure.
+    """
+    from quantkit.planning.plot import draw_sweep
+
+    options = _options(options, keywords)
+    if not 0 < start <= stop <= 32:
+        raise PlanError(f"--from {start:g} --to {stop:g} is no range", hint="give two sizes above 0, the smaller one first")
+    if (text or limit is not None) and not measure:
+        raise PlanError("--text and --limit say what to measure on", hint="add --measure")
+    checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
+    checkpoint.require_unquantized()
+    work = work_directory(checkpoint.path, options.work)
+    drawn, written = Path(picture or work / SWEEP_PICTURE), Path(json or work / SWEEP)
+    for path, given in ((drawn, picture), (written, json)):
+        if given is not None:
+            require_folder(path)
+    policy = Policy(keeps=[Keep.parse(rule) for rule in keep], patterns=tuple(only), floors=parse_floors(floors))
+    policy.check_used(checkpoint)
+    if measure:
+        require_measurable(checkpoint)
+        windows, names = judging_windows(checkpoint, [Path(t) for t in text], options.files, options.tokens, limit)
+    rates = speed.find_rates(options.progress) if speed is not None else None
+    checkpoint, options = without_outliers(checkpoint, options)
+    sensitivity, stats = analysis_of(checkpoint, options)
+    _protect(policy, checkpoint, sensitivity)
+    least = speed.least if speed is not None else None
+    found = make_sweep(checkpoint, sensitivity, stats, policy, start, stop, steps, rates=rates, least_speed=least)
+    if measure:
+        measure_sweep(found, checkpoint, stats, windows, names, options.progress)
+    write_text(written, found.to_json())
+    draw_sweep(found, drawn)
+    return found
+
+
 def quantize(
     model: str | Path, out: str | Path | None = None, plan: str | Plan = "dynamic", request: Request | None = None, *,
-    keep: Sequence[str] = (), only: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None,
-    container: str | None = None, options: Options | None = None, **keywords: Any,
+    keep: Sequence[str] = (), only: Sequence[str] = (), floors: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None,
+    container: str | None = None, speed: SpeedRequest | None = None, options: Options | None = None, **keywords: Any,
 ) -> tuple[Path, Manifest]:  # fmt: skip
     """Write ``model`` as a quantized GGUF, or as a safetensors folder, and return its path and manifest.
 
     plan: ``dynamic``, ``standard:Q4_K_M`` (or just ``Q4_K_M``), ``uniform:Q6_K``, a Plan or the path of a
     plan.json; ``uniform:NF4_DQ`` and the like give a folder. container: ``gguf`` or ``safetensors``, for formats
-    that both have. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
+    that both have. speed: tokens per second that a dynamic plan must reach. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
     under the final name.
     """
     request = request or Request.of(keywords)
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     if (fmt := folder_format(plan, container)) is not None:
-        if keep or only or request.given or options.given:
-            hint = "leave out --bpw, --size, --fit, --like, --keep, --formats, --imatrix and --calibration"
+        if keep or only or floors or speed is not None or request.given or options.given:
+            hint = "leave out --bpw, --size, --fit, --like, --keep, --floor, --formats, --min-tokens-per-second, --imatrix and --calibration"
             raise PlanError(f"--plan {plan} has its own size and rounds without activation statistics", hint=hint)
         target = Path(out or folder_name(checkpoint, fmt))
         return target, write_folder(checkpoint, fmt, target, force=force, shard_bytes=split_bytes, progress=options.progress)
@@ -177,9 +189,13 @@ def quantize(
     if out is not None:
         check_output(checkpoint, Path(out), force)
         require_folder(Path(out))
-    made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options, only)
+    made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options, only, floors, speed)
+    if made.identity not in ("", checkpoint.identity):
+        checkpoint, options = without_outliers(checkpoint, options)
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
-    cache = work_directory(checkpoint.path, options.work) / TENSORS
+    work = work_directory(checkpoint.path, options.work)
+    cache = work / TENSORS
+    given, notes = _refined(checkpoint, made, stats, work, options) if plan == "dynamic" else ({}, [])
     manifest = run_quantizer(
         checkpoint,
         made,
@@ -188,9 +204,23 @@ def quantize(
         cache=cache if stats is not None else None,
         force=force,
         split_bytes=split_bytes,
+        given=given,
+        notes=notes,
         progress=options.progress,
     )
     return target.with_name(manifest.file), manifest
+
+
+def _refined(
+    checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, work: Path, options: Options
+) -> tuple[dict[str, Any], list[str]]:
+    """Bytes that refining changed, and what to tell about it; nothing below effort 3."""
+    if options.effort < REFINE_EFFORT or stats is None or options.imatrix is not None:
+        return {}, []
+    text = options.text(checkpoint)
+    found = refined(checkpoint, plan, stats, text, work, EPOCHS[options.effort], options.progress)
+    change = f"refined: KLD {found.before:.4g} → {found.after:.4g} nats/token on calibration text set apart"
+    return found.packed, [change if found.packed else "refining did not help on text set apart, nothing was changed"]
 
 
 def _resolve_plan(
@@ -201,18 +231,20 @@ def _resolve_plan(
     use_importance: bool,
     options: Options,
     only: Sequence[str] = (),
+    floors: Sequence[str] = (),
+    speed: SpeedRequest | None = None,
 ) -> tuple[Plan, ActivationStats | None]:
-    if (keep or only or request.given) and plan != "dynamic":
+    if (keep or only or floors or speed is not None or request.given) and plan != "dynamic":
         raise PlanError(
             f"--plan {plan if isinstance(plan, str) else plan.name} has its own size",
-            hint="leave out --bpw, --size, --fit, --like, --keep and --formats, or use --plan dynamic",
+            hint="leave out --bpw, --size, --fit, --like, --keep, --floor, --formats and --min-tokens-per-second, or use --plan dynamic",
         )
     if isinstance(plan, Plan):
         return _given_plan(checkpoint, plan, use_importance, options)
     if plan == "dynamic":
         if not use_importance:
             raise PlanError("--no-imatrix goes with standard and uniform plans", hint="a dynamic plan is made from statistics")
-        return _dynamic(checkpoint, request, keep, options, only)
+        return _dynamic(checkpoint, request, keep, options, only, floors, speed)
     kind, _, name = plan.rpartition(":")
     if not kind and (name.upper() in BASE or name.upper() in ALIASES):
         kind = "standard"
@@ -229,6 +261,8 @@ def _given_plan(
     checkpoint: Checkpoint, plan: Plan, use_importance: bool, options: Options
 ) -> tuple[Plan, ActivationStats | None]:
     """A plan that was read or handed over: checked, with its numbers made anew, since it may have been edited."""
+    if plan.identity not in ("", checkpoint.identity):
+        checkpoint, options = without_outliers(checkpoint, options)
     plan.check(checkpoint)
     plan = replace(plan, use_importance=plan.use_importance and use_importance)
     stats = _stats_at_hand(checkpoint, options) if plan.use_importance else None
@@ -253,7 +287,7 @@ def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats 
     if options.imatrix is not None:
         return load_stats(options.imatrix, checkpoint)
     if options.calibration:
-        return _analysis(checkpoint, options)[1]
+        return analysis_of(checkpoint, options)[1]
     work = work_directory(checkpoint.path, options.work)
     if not (work / IMATRIX).exists():
         return None
@@ -292,12 +326,13 @@ def compare(
         Path(reference), [Path(c) for c in candidates], texts, runtime=runtime, window=window, limit=limit, progress=progress
     )
     if html is not None:
-        path = work_directory(Path(reference), Path(work) if work else None) / ANALYSIS
+        folder = work_directory(Path(reference), Path(work) if work else None)
         sensitivity = None
-        if path.exists():
+        for path in (folder / FOLDED / ANALYSIS, folder / ANALYSIS):
             with contextlib.suppress(QuantkitError):  # the report only shows it beside its own numbers
                 found = Sensitivity.read(path)
-                sensitivity = found if found.identity == open_checkpoint(reference).identity else None
+                if found.calibration.get("source") == open_checkpoint(reference).identity:
+                    sensitivity = found
         write_html(report, Path(html), sensitivity)
     return report
 
@@ -312,4 +347,16 @@ def load(path: str | Path) -> Any:
     return materialized_model(open_checkpoint(path))
 
 
-__all__ = ["Options", "Request", "Run", "analyze", "artifact_name", "compare", "load", "plan", "quantize"]
+__all__ = [
+    "Options",
+    "Request",
+    "Run",
+    "SpeedRequest",
+    "analyze",
+    "artifact_name",
+    "compare",
+    "load",
+    "plan",
+    "quantize",
+    "sweep",
+]

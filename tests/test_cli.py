@@ -76,7 +76,7 @@ def test_the_whole_way(at_home):
 
 def test_a_second_plan_reuses_the_analysis(at_home, monkeypatch):
     folder, options, _ = at_home
-    import quantkit.api as api
+    import quantkit.session as api
 
     monkeypatch.setattr(api, "run_analysis", lambda *a, **k: pytest.fail("analyzed again"))
     for bpw in ("3.5", "5"):

@@ -28,6 +28,7 @@ ORDER = [
     "planning",
     "quantizer",
     "evaluation",
+    "session",
     "api",
     "cli",
 ]

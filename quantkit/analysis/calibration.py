@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from quantkit.analysis.activations import fp8, int8, relative_error
+from quantkit.analysis.coverage import Coverage, Coverer
 from quantkit.analysis.moments import MomentWriter, same_input
 from quantkit.analysis.texts import CalibrationText
 from quantkit.checkpoint import Checkpoint
@@ -44,10 +45,11 @@ class LinearFacts:
 
 @dataclass
 class Calibration:
-    """Statistics for the encoders and facts for the analysis."""
+    """Statistics for the encoders and facts for the analysis. coverage: one entry for each layer with routed experts."""
 
     stats: ActivationStats
     facts: dict[str, LinearFacts] = field(default_factory=dict)
+    coverage: list[Coverage] = field(default_factory=list)
 
 
 class _Moments:
@@ -101,6 +103,7 @@ class _Moments:
 def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress, full: MomentWriter | None = None) -> Calibration:
     """Second moments of every linear input over the ``train`` windows, one decoder layer in memory.
 
+    Experts that see too few tokens of them get statistics from further text and near misses (coverage.py).
     full: keeps the whole matrices E[x xᵀ] as well, not only the diagonal.
 
     Raises CalibrationError if an activation is not finite.
@@ -112,15 +115,17 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress,
     )
     observer = _Moments(checkpoint, result, full)
     blocks = Blocks(checkpoint)
+    cover = Coverer(blocks, result.stats, text.train.size, text.further, full, progress, BATCH)
     batches = [text.train[i : i + BATCH] for i in range(0, len(text.train), BATCH)]
     with torch.inference_mode():
         hidden = [blocks.embed(batch) for batch in batches]
         task = progress.task("calibrate", total=(blocks.n_layers + 1) * text.train.size, unit="tokens")
         for index in range(blocks.n_layers):
-            with blocks.layer(index, observer) as layer:
+            with blocks.layer(index, observer, cover.watch) as layer:
                 for i, states in enumerate(hidden):
                     hidden[i] = layer(states)
                     task.advance(states.shape[0] * states.shape[1])
+            cover.fill(index)
             if full is not None:
                 full.flush()
         with blocks.head(observer) as head:
@@ -130,7 +135,14 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress,
                 task.advance(states.shape[0] * states.shape[1])
         task.done()
     result.stats.moments = full.close() if full is not None else None
+    result.coverage = cover.report
     for entry in result.stats.tensors.values():
-        entry.sum_squares = entry.sum_squares.astype(np.float32)
-        entry.counts = entry.counts.astype(np.float32)
+        _single_precision(entry)
     return result
+
+
+def _single_precision(entry: TensorStats) -> None:
+    """Sums were taken in float64."""
+    entry.sum_squares, entry.counts = entry.sum_squares.astype(np.float32), entry.counts.astype(np.float32)
+    if entry.borrowed is not None and entry.borrowed_squares is not None:
+        entry.borrowed_squares, entry.borrowed = entry.borrowed_squares.astype(np.float32), entry.borrowed.astype(np.float32)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from quantkit.analysis.moments import OutputWriter
 from quantkit.checkpoint import Checkpoint
 from quantkit.modeling.blocks import Blocks
 from quantkit.progress import Progress
@@ -46,8 +47,8 @@ class Fisher:
 class _Gradients:
     """An Observer that adds up squared gradients of what comes out of each linear map."""
 
-    def __init__(self, checkpoint: Checkpoint, out: Fisher) -> None:
-        self._checkpoint, self._out = checkpoint, out
+    def __init__(self, checkpoint: Checkpoint, out: Fisher, full: OutputWriter | None) -> None:
+        self._checkpoint, self._out, self._full = checkpoint, out, full
 
     def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         info = self._checkpoint.tensors.get(name)
@@ -57,17 +58,25 @@ class _Gradients:
         total = self._out.rows.setdefault(name, np.zeros(shape))
 
         def add(gradient: torch.Tensor) -> None:
-            total[expert] += gradient.reshape(-1, shape[1]).double().square().sum(0).numpy()
+            flat = gradient.reshape(-1, shape[1])
+            total[expert] += flat.double().square().sum(0).numpy()
+            if self._full is not None:
+                self._full.add(name, expert, flat)
 
         y.register_hook(add)
 
 
-def measure_fisher(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0) -> Fisher:
-    """Diagonal Fisher information at every linear map, from token windows int64 (n, window)."""
+def measure_fisher(
+    checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0, full: OutputWriter | None = None
+) -> Fisher:
+    """Diagonal Fisher information at every linear map, from token windows int64 (n, window).
+
+    full: keeps whole matrices E[g gᵀ] of each output as well.
+    """
     import torch
 
     out = Fisher(tokens=windows.size)
-    observer = _Gradients(checkpoint, out)
+    observer = _Gradients(checkpoint, out, full)
     blocks = Blocks(checkpoint)
     batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
     hidden = HiddenStates(windows.size * blocks.model.config.hidden_size * 4 * (blocks.n_layers + 1))
@@ -88,8 +97,12 @@ def measure_fisher(checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progr
                 assert states.grad is not None
                 gradients[i] = states.grad
                 task.advance(2 * batches[i].size)
+        if full is not None:
+            full.flush()
     _embedding(checkpoint, batches, gradients, out)
     task.done()
+    if full is not None:
+        full.close()
     for name in out.rows:
         out.rows[name] /= windows.size
     return out

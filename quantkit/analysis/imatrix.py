@@ -1,7 +1,8 @@
 """imatrix.gguf: activation statistics in the form that llama.cpp's tools read and write.
 
 Layout: llama.cpp, common/imatrix-loader.cpp and tools/imatrix/imatrix.cpp — F32 tensors
-``<name>.in_sum2`` (experts × columns) and ``<name>.counts`` (experts × 1).
+``<name>.in_sum2`` (experts × columns) and ``<name>.counts`` (experts × 1). Ours besides, which llama.cpp skips:
+``<name>.gate_sum2`` (experts × 1), and where experts borrowed tokens ``<name>.borrowed_sum2`` and ``<name>.borrowed``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from quantkit.errors import CalibrationError
 from quantkit.formats import get_format
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+GATES, BORROWED_SUMS, BORROWED = ".gate_sum2", ".borrowed_sum2", ".borrowed"
 
 
 IDENTITY = "quantkit.model_identity"
@@ -38,11 +40,17 @@ def write_imatrix(path: Path, stats: ActivationStats) -> None:
     specs: list[TensorSpec] = []
     data: list[np.ndarray] = []
     for name, entry in sorted(stats.tensors.items()):
-        specs += [TensorSpec(name + SUMS, entry.sum_squares.shape, f32), TensorSpec(name + COUNTS, (len(entry.counts), 1), f32)]
-        data += [entry.sum_squares.astype("<f4"), entry.counts.astype("<f4")]
+        parts = {
+            SUMS: entry.sum_squares, COUNTS: entry.counts, GATES: entry.gate_squares,
+            BORROWED_SUMS: entry.borrowed_squares, BORROWED: entry.borrowed,
+        }  # fmt: skip
+        for suffix, values in parts.items():
+            if values is not None:
+                data.append(values.reshape(len(entry.counts), -1).astype("<f4"))
+                specs.append(TensorSpec(name + suffix, data[-1].shape, f32))
     with write_gguf(path, metadata, specs) as writer:
-        for spec, values in zip(specs, data, strict=True):
-            writer.write(spec.name, values)
+        for spec, rows in zip(specs, data, strict=True):
+            writer.write(spec.name, rows)
 
 
 def read_imatrix(path: Path) -> ActivationStats:
@@ -80,12 +88,31 @@ def read_imatrix(path: Path) -> ActivationStats:
             raise CalibrationError(
                 f"{path.name}: {sums.size} sums for {counts.size} counts of {name}", hint="make the imatrix again"
             )
-        if not np.isfinite(sums).all() or (sums < 0).any():
+        rest = [
+            _read(file, name + suffix) if name + suffix in file.entries else None for suffix in (GATES, BORROWED_SUMS, BORROWED)
+        ]
+        if any(part is not None and (not np.isfinite(part).all() or (part < 0).any()) for part in (sums, *rest)):
             raise CalibrationError(
                 f"{path.name}: {name} holds a value that is negative or not finite", hint="make the imatrix again"
             )
-        stats.tensors[name] = TensorStats(sums.reshape(len(counts), -1), counts)
+        stats.tensors[name] = _entry(path, name, sums.reshape(len(counts), -1), counts, *rest)
     return stats
+
+
+def _entry(
+    path: Path, name: str, sums: np.ndarray, counts: np.ndarray, gates: np.ndarray | None, borrowed_sums: np.ndarray | None,
+    borrowed: np.ndarray | None,
+) -> TensorStats:  # fmt: skip
+    """The statistics of one tensor, in their shapes."""
+    sizes = [
+        (gates, counts.size), (borrowed, counts.size), (borrowed_sums, sums.size),
+    ]  # fmt: skip
+    if any(part is not None and part.size != size for part, size in sizes) or (borrowed is None) != (borrowed_sums is None):
+        raise CalibrationError(f"{path.name}: what is kept of the experts of {name} does not fit", hint="make the imatrix again")
+    return TensorStats(
+        sums, counts, None if gates is None else gates.reshape(-1),
+        None if borrowed_sums is None else borrowed_sums.reshape(sums.shape), None if borrowed is None else borrowed.reshape(-1),
+    )  # fmt: skip
 
 
 def _read(file: GgufFile, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from quantkit.checkpoint import TensorInfo
 from quantkit.formats import get_format
 
 
-def probe_formats(info: TensorInfo, formats: dict[str, FormatCost]) -> list[str]:
+def probe_formats(info: TensorInfo, formats: Iterable[str]) -> list[str]:
     """Formats to probe for a tensor: a very coarse one, some in the middle and a fine one."""
     quantized = sorted((f for f in formats if get_format(f).is_quantized()), key=lambda f: get_format(f).bpw())
     if len(quantized) <= 3:

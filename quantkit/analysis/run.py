@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from quantkit.analysis.calibration import LinearFacts, calibrate
+from quantkit.analysis.coverage import Coverage
 from quantkit.analysis.errors import decode_after_encode, measure_errors
 from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.imatrix import load_stats, write_imatrix
-from quantkit.analysis.moments import MomentStore, MomentWriter
+from quantkit.analysis.moments import MomentStore, MomentWriter, OutputWriter
 from quantkit.analysis.predict import balanced_formats, fill_predictions, fit_composition, probe_formats, summed_cost
 from quantkit.analysis.schemes import measure_schemes
 from quantkit.analysis.sensitivity import Sensitivity, TensorSensitivity
@@ -21,20 +22,23 @@ from quantkit.analysis.superweights import find_super_weights
 from quantkit.analysis.texts import DATA, DEFAULT_MIX, CalibrationText, load_calibration
 from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.files import write_text
+from quantkit.encoders.base import map_threads
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError
 from quantkit.formats import get_format
 from quantkit.progress import Progress
 
 TOKENS = 65536
-FISHER_TOKENS = 8192
+FISHER_TOKENS = 8192  # for the rows of the outputs; their full moments take MOMENT_TOKENS
+MOMENT_TOKENS = 32768
 SCHEME_TOKENS = 2048
 PROBE_TOKENS = 4096
+REFIT_TOKENS = 12288
 PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
-COMPOSITION_BPW = (2.1, 2.6, 3.0, 3.5, 4.0, 4.75, 5.5)
+COMPOSITION_BPW = (2.1, 2.8, 3.5, 4.25, 5.25)
 ANALYSIS, IMATRIX, PICTURE, MOMENTS = "analysis.json", "imatrix.gguf", "analysis.png", "moments"
-EFFORT = 2  # 1: ggml's search only, 2: error feedback through the inputs' second moments
+EFFORT = 2  # 1: ggml's search only, 2: rounding in the metric of the model's outputs
 
 
 def work_directory(checkpoint_path: Path, work: Path | None) -> Path:
@@ -71,9 +75,12 @@ def analyze(
     (work / ANALYSIS).unlink(missing_ok=True)  # an old analysis must not outlive its statistics
     shutil.rmtree(work / MOMENTS, ignore_errors=True)  # and neither must their moments
     writer = MomentWriter(work / MOMENTS, checkpoint, key) if effort > 1 and imatrix is None else None
-    stats, facts = _statistics(checkpoint, text, imatrix, progress, writer)
+    stats, facts, coverage = _statistics(checkpoint, text, imatrix, progress, writer)
     write_imatrix(work / IMATRIX, stats)
-    fisher = measure_fisher(checkpoint, _spread(text.train, FISHER_TOKENS), progress)
+    windows = _spread(text.train, FISHER_TOKENS if writer is None else MOMENT_TOKENS)
+    outputs = OutputWriter(work / MOMENTS, checkpoint, windows.size) if writer is not None else None
+    fisher = measure_fisher(checkpoint, windows, progress, full=outputs)
+    attach_moments(stats, work)
     tensors = measure_errors(checkpoint, stats, fisher, progress)
     for name, fact in facts.items():
         if name in tensors:
@@ -88,11 +95,12 @@ def analyze(
         calibration={
             "texts": list(text.names), "statistics_tokens": int(text.train.size), "held_apart_tokens": int(text.dev.size),
             "window": text.window, "imatrix": imatrix.name if imatrix else None, "key": key,
-            "stamp": checkpoint.stamp,
+            "stamp": checkpoint.stamp, "source": checkpoint.opened.identity,
         },
         tensors=tensors,
         super_weights=find_super_weights(checkpoint, facts),
         schemes=measure_schemes(checkpoint, _spread(text.dev, SCHEME_TOKENS), progress),
+        coverage=[entry.to_json() for entry in coverage],
     )  # fmt: skip
     if probes:
         _probe(checkpoint, stats, sensitivity, text, progress)
@@ -108,12 +116,12 @@ def analyze(
 
 def _statistics(
     checkpoint: Checkpoint, text: CalibrationText, imatrix: Path | None, progress: Progress, writer: MomentWriter | None
-) -> tuple[ActivationStats, dict[str, LinearFacts]]:
-    """Statistics measured on the text, or read from an imatrix (which tells nothing of peaks)."""
+) -> tuple[ActivationStats, dict[str, LinearFacts], list[Coverage]]:
+    """Statistics measured on the text, or read from an imatrix (which tells nothing of peaks and gates)."""
     if imatrix is None:
         measured = calibrate(checkpoint, text, progress, writer)
-        return measured.stats, measured.facts
-    return load_stats(imatrix, checkpoint), {}
+        return measured.stats, measured.facts, measured.coverage
+    return load_stats(imatrix, checkpoint), {}, []
 
 
 def analysis_key(
@@ -121,7 +129,7 @@ def analysis_key(
     effort: int = EFFORT,
 ) -> str:  # fmt: skip
     """A hash of everything an analysis depends on: it is reused only if this is the same."""
-    digest = hashlib.sha256(f"{checkpoint.identity} {checkpoint.stamp} {tokens} {probes} {effort}".encode())
+    digest = hashlib.sha256(f"{checkpoint.identity} {checkpoint.stamp} {tokens} {probes} {min(effort, EFFORT)}".encode())
     for path in [*(calibration or [DATA / name for name in DEFAULT_MIX]), *([imatrix] if imatrix else [])]:
         try:
             digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -134,6 +142,13 @@ def _spread(windows: np.ndarray, tokens: int) -> np.ndarray:
     """About ``tokens`` tokens of windows, spread evenly."""
     count = max(1, min(len(windows), tokens // windows.shape[1]))
     return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))]
+
+
+def refit_windows(text: CalibrationText) -> np.ndarray:
+    """Windows that neither the statistics nor the probes saw, int64 (n, window), at most REFIT_TOKENS tokens."""
+    probed = {row.tobytes() for row in _spread(text.dev, PROBE_TOKENS)}
+    rest = [row for row in text.dev if row.tobytes() not in probed]
+    return _spread(np.array(rest), REFIT_TOKENS) if rest else text.dev
 
 
 def _add_facts(tensor: TensorSensitivity, fact: LinearFacts) -> None:
@@ -189,8 +204,11 @@ def decoded(checkpoint: Checkpoint, stats: ActivationStats, name: str, fmt: str,
     """A tensor as it comes back from a format, in its own shape, float32."""
     info = checkpoint.info(name)
     weights = checkpoint.read(name).reshape(info.experts, -1, info.columns)
-    parts = [
-        decode_after_encode(weights[e], stats.importance(name, e), get_format(fmt), name, method, stats.moments_of(name, e))
-        for e in range(info.experts)
-    ]
-    return np.stack(parts).reshape(info.shape)
+
+    def part(expert: int) -> np.ndarray:
+        return decode_after_encode(
+            weights[expert], stats.importance(name, expert), get_format(fmt), name, method, stats.moments_of(name, expert),
+            stats.outputs_of(name, expert, 0, len(weights[expert])),
+        )  # fmt: skip
+
+    return np.stack(map_threads(part, range(info.experts))).reshape(info.shape)

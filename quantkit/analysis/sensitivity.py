@@ -63,6 +63,7 @@ class Sensitivity:
     super_weights: list[dict[str, Any]] = field(default_factory=list)
     schemes: list[dict[str, Any]] = field(default_factory=list)
     composition: tuple[float, float] = (1.0, 1.0)
+    coverage: list[dict[str, Any]] = field(default_factory=list)  # Coverage.to_json of every layer with routed experts
 
     def to_json(self) -> str:
         """The document as text."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,21 @@ SHORTEST = 32  # tokens of text below which there is nothing to calibrate on
 DEV_EVERY = 4  # every fourth window is set aside: probes judge on it, statistics never see it
 
 
+def _no_windows() -> npt.NDArray[np.int64]:
+    return np.zeros((0, 0), np.int64)
+
+
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows of token ids: ``train`` feeds the statistics, ``dev`` judges probes. int64 (n, window)."""
+    """Windows of token ids: ``train`` feeds the statistics, ``dev`` judges probes. int64 (n, window).
+
+    further: gives windows that are in neither, for experts that ``train`` does not reach; read only when called.
+    """
 
     train: npt.NDArray[np.int64]
     dev: npt.NDArray[np.int64]
     names: tuple[str, ...]
+    further: Callable[[], npt.NDArray[np.int64]] = field(default=_no_windows, compare=False)
 
     @property
     def window(self) -> int:
@@ -87,6 +96,20 @@ def token_windows(texts: list[str], encoder: TextEncoder, window: int, limit: in
     return np.array(rows, dtype=np.int64)
 
 
+def further_windows(paths: list[Path], encoder: TextEncoder, used: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.int64]:
+    """At most ``limit`` tokens of whole windows that are not in ``used``: of ``paths`` in turn, spread over each file."""
+    window = used.shape[1]
+    known = {row.tobytes() for row in used}
+    out: list[npt.NDArray[np.int64]] = []
+    for path in paths:
+        found = np.array(encoder.windows(read_text(path, encoder), window), dtype=np.int64).reshape(-1, window)
+        fresh = [row for row in found if row.tobytes() not in known]
+        known |= {row.tobytes() for row in fresh}
+        count = min(len(fresh), limit // window - len(out))
+        out += [fresh[i] for i in np.unique(np.linspace(0, len(fresh) - 1, count).astype(int))]
+    return np.array(out, dtype=np.int64).reshape(-1, window)
+
+
 def load_calibration(checkpoint: Checkpoint, files: list[Path] | None, tokens: int) -> CalibrationText:
     """Calibration windows from ``files`` or the default mix, about ``tokens`` tokens in all.
 
@@ -97,10 +120,18 @@ def load_calibration(checkpoint: Checkpoint, files: list[Path] | None, tokens: i
     texts = [read_text(path, encoder) for path in paths]
     window = min(WINDOW, int(checkpoint.config.get("max_position_embeddings") or WINDOW))
     windows = token_windows(texts, encoder, window, tokens)
+    own = paths
     if len(windows) < 2:
         halves = windows.shape[1] // 2
         windows = windows[:, : 2 * halves].reshape(2, halves)
+        own = []  # all of it is in use
     held = np.arange(len(windows)) % DEV_EVERY == DEV_EVERY - 1
     if not held.any():
         held[-1] = True
-    return CalibrationText(windows[~held], windows[held], tuple(path.name for path in paths))
+    train = windows[~held]
+
+    def further() -> npt.NDArray[np.int64]:
+        defaults = [DATA / name for name in DEFAULT_MIX]
+        return further_windows([*own, *(p for p in defaults if p not in own)], encoder, windows, train.size)
+
+    return CalibrationText(train, windows[held], tuple(path.name for path in paths), further)

@@ -15,9 +15,10 @@ from quantkit.formats.tensors import tensor_formats
 def require_readable(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError if a tensor has a type that quantkit cannot decode."""
     known = set(checkpoint.plain_types)
-    if isinstance(checkpoint, GgufCheckpoint):
+    opened = checkpoint.opened
+    if isinstance(opened, GgufCheckpoint):
         known |= {fmt.name for fmt in formats()}
-    elif isinstance(checkpoint, HfCheckpoint) and checkpoint.quantization:
+    elif isinstance(opened, HfCheckpoint) and opened.quantization:
         known |= {fmt.name for fmt in tensor_formats()}
     for info in checkpoint.tensors.values():
         if info.dtype not in known:

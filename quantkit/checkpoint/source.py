@@ -114,6 +114,11 @@ class Checkpoint:
         return self.tensors[name]
 
     @property
+    def opened(self) -> Checkpoint:
+        """The checkpoint on disk: itself, or what a view looks at."""
+        return self
+
+    @property
     def tied(self) -> bool:
         """Whether the head shares the embedding's weights."""
         return "output.weight" not in self.tensors

@@ -10,9 +10,11 @@ COMMANDS = {
     "inspect": "What is in a model: architecture, tensors, roles, shapes, bytes.",
     "analyze": "What hurts: the cost of every tensor in every format, super weights, outliers.",
     "plan": "Spend a byte budget where it matters, and say why.",
+    "sweep": "The whole curve of divergence against bytes, with llama-quantize's mixes as points on it.",
     "quantize": "Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.",
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
     "verify": "Check a file or folder against its manifest and its own hashes.",
+    "speed": "How fast this machine decodes each format.",
     "formats": "Every format: bits, block, zero, multiplier; with a name, its bytes drawn.",
 }
 

@@ -22,6 +22,7 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
 
     from quantkit.analysis.run import ANALYSIS, IMATRIX, PICTURE, work_directory
     from quantkit.api import analyze
+    from quantkit.session import FOLDED
 
     options = make_options(values)
     sensitivity = analyze(model, options)
@@ -30,8 +31,12 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
         emit_json(json.loads(sensitivity.to_json()))
         return
     work = work_directory(model, values["work"])
+    if sensitivity.identity != sensitivity.calibration["source"]:
+        click.echo("outlier channels: found, and moved by an exact rescaling; the analysis is of the rescaled weights")
+        work = work / FOLDED
     print_sensitivity(sensitivity)
     print_schemes(sensitivity)
+    print_coverage(sensitivity)
     for weight in sensitivity.super_weights:
         click.echo(
             f"super weight: {weight['tensor']}[{weight['row']}, {weight['column']}] = {weight['value']:.4g} "
@@ -44,6 +49,15 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
         if tensor.uncovered_experts:
             click.echo(f"not reached by the calibration text: experts {tensor.uncovered_experts} of {name}", err=True)
     click.echo(f"written: {work / ANALYSIS}, {work / IMATRIX}, {work / PICTURE}")
+
+
+def print_coverage(sensitivity: Any) -> None:
+    """How many tokens routed experts saw, before and after those with too few got more."""
+    from quantkit.analysis.coverage import COLUMNS, coverage_rows
+
+    if sensitivity.coverage:
+        tokens = sensitivity.coverage[0]["tokens"]
+        print_table(f"routed experts: tokens each saw of {tokens:,}", COLUMNS, coverage_rows(sensitivity.coverage))
 
 
 def print_schemes(sensitivity: Any) -> None:

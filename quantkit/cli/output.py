@@ -88,7 +88,7 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--imatrix", type=click.Path(path_type=Path), help="Activation statistics made by quantkit or llama-imatrix."),
         click.option("--tokens", type=click.IntRange(512), default=None, help="Calibration tokens (default 65536)."),
         click.option("--probes/--no-probes", default=None, help="Measure single tensors directly (default: for models up to 200M weights)."),
-        click.option("--effort", type=click.IntRange(1, 2), default=None, help="1: ggml's search only; 2 (default): error feedback through the inputs' second moments too."),
+        click.option("--effort", type=click.IntRange(1, 5), default=None, help="1: ggml's search; 2 (default): rounding in the metric of the model's outputs; 3: scales and norms relearned; 4: plans measured and corrected; 5: learn longer."),
         click.option("--work", type=click.Path(path_type=Path), help="Work directory (default ./NAME.quantkit)."),
         click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer where it cannot be recognized."),
     ]  # fmt: skip
@@ -109,6 +109,7 @@ def budget(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--ubatch", type=click.IntRange(1, 2048), default=512, show_default=True, help="Micro-batch for --fit."),
         click.option("--no-flash-attention", is_flag=True, help="Count buffers without flash attention for --fit."),
         click.option("--keep", multiple=True, metavar="REGEX=FORMAT", help="Give this format to tensors in whose name the expression is found (repeatable; the first match wins)."),
+        click.option("--floor", "floors", multiple=True, metavar="ROLE=FORMAT", help="Lowest format of a role: attention, shared, experts, ffn, embedding, head or one such as attn_v; ROLE=none or none takes floors away (repeatable)."),
         click.option("--formats", "only", multiple=True, metavar="PATTERN", help="Use only formats of this name or pattern, such as 'Q?_K' (repeatable; default: all)."),
     ]  # fmt: skip
     for option in reversed(options):

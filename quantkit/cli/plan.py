@@ -9,12 +9,14 @@ from typing import Any
 import click
 
 from quantkit.cli.output import budget, common, emit_json, guarded, make_options, make_request, print_table, size
+from quantkit.cli.speed import make_speed, speed
 from quantkit.progress import stop_all
 
 
 @click.command("plan", help="Spend a byte budget where it matters; plan.json says why for every tensor.")
 @click.argument("model", type=click.Path(path_type=Path))
 @budget
+@speed
 @common
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
@@ -24,7 +26,15 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
     from quantkit.api import PLAN, plan
 
     options = make_options(values)
-    made = plan(model, make_request(values), values["keep"], options, only=values["only"])
+    made = plan(
+        model,
+        make_request(values),
+        values["keep"],
+        options,
+        only=values["only"],
+        floors=values["floors"],
+        speed=make_speed(values),
+    )
     stop_all()
     if as_json:
         emit_json(json.loads(made.to_json()))
@@ -43,6 +53,8 @@ def describe(made: Any) -> None:
         parts.append(f"{left:,} B below the budget")
     if made.predicted_kld is not None:
         parts.append(f"predicted KLD {made.predicted_kld:.4g} nats/token")
+    if made.budget.get("tokens_per_second") is not None:
+        parts.append(f"predicted {made.budget['tokens_per_second']:.4g} tokens/s ({made.budget['speed_measured_on']})")
     click.echo(f"{made.name}: " + ", ".join(parts))
     if "kv_cache_bytes" in made.budget:
         budget = made.budget

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from quantkit.cli.output import budget, common, emit_json, guarded, make_options, make_request, size
+from quantkit.cli.speed import make_speed, speed
 from quantkit.progress import stop_all
 
 
@@ -31,6 +32,7 @@ MIX is the short form that users of llama-quantize type: quantkit quantize MODEL
     "--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics (standard and uniform plans, plan.json)."
 )
 @budget
+@speed
 @common
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
@@ -55,8 +57,8 @@ def command(
         raise PlanError(f"both {mix} and --plan {plan} name a plan", hint="give one of them")
     options = make_options(values)
     path, manifest = quantize(
-        model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], only=values["only"], use_importance=not no_imatrix,
-        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, options=options,
+        model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], only=values["only"], floors=values["floors"], use_importance=not no_imatrix,
+        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, speed=make_speed(values), options=options,
     )  # fmt: skip
     stop_all()
     if as_json:
@@ -71,6 +73,8 @@ def command(
         click.echo(f"note: {note}", err=True)
     predicted = manifest.plan.get("predicted_kld")
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
+    tokens = manifest.plan.get("budget", {}).get("tokens_per_second")
+    expected += f", predicted {tokens:.4g} tokens/s" if tokens is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "
                f"encoded in {manifest.seconds:.1f} s, "
                f"{'errors weighted by activation statistics (' + manifest.importance + ')' if manifest.importance else 'no activation statistics'}")  # fmt: skip

@@ -1,13 +1,16 @@
 """A weight and its activation statistics in, the bytes of one format out. One file per method."""
 
 from quantkit.encoders.base import Encoder
+from quantkit.encoders.descent import SearchEncoder, TwoSidedEncoder
 from quantkit.encoders.ggml import GgmlEncoder
 from quantkit.encoders.ldlq import LdlqEncoder
 from quantkit.encoders.nearest import NearestEncoder
 from quantkit.errors import FormatError, PlanError
 from quantkit.formats import Format
 
-ENCODERS: dict[str, Encoder] = {encoder.method: encoder for encoder in (GgmlEncoder(), NearestEncoder(), LdlqEncoder())}
+ENCODERS: dict[str, Encoder] = {
+    encoder.method: encoder for encoder in (GgmlEncoder(), NearestEncoder(), LdlqEncoder(), SearchEncoder(), TwoSidedEncoder())
+}
 
 
 def get_encoder(method: str) -> Encoder:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,8 @@ from quantkit.encoders.stats import Moments
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 CHUNK_WEIGHTS = 1 << 18  # weights in one unit of work: large enough to hide the hand-over
 
 
@@ -25,6 +27,7 @@ class Encoder:
     version: ClassVar[int] = 1  # raised when the bytes for the same input change
     serves: ClassVar[frozenset[str]] = frozenset()
     needs_moments: ClassVar[bool] = False  # full second moments of the inputs, not only their diagonal
+    uses_outputs: ClassVar[bool] = False  # moments of the gradients at the outputs: blocks of rows are encoded together
 
     def writes(self, fmt: type[Format]) -> bool:
         """Whether the method can write the format."""
@@ -37,6 +40,7 @@ class Encoder:
         fmt: type[Format],
         *,
         moments: Moments | None = None,
+        outputs: Moments | None = None,
         threads: int | None = None,
         name: str = "tensor",
         at: tuple[int, ...] = (0,),
@@ -45,7 +49,7 @@ class Encoder:
 
         weight: float32 (rows, columns). importance: float32 (columns,), the mean square of each input
         channel (an imatrix row), or None for the format's unweighted search. moments: E[x xᵀ] of the inputs,
-        for methods that use them. Returns uint8 (rows, bytes per row). ``name`` and ``at``, the index of the first row, are used in error messages.
+        outputs: E[g gᵀ] of the gradients at these rows, blocks that together cover them, for methods that use them. Returns uint8 (rows, bytes per row). ``name`` and ``at``, the index of the first row, are used in error messages.
 
         Raises FormatError if the format is not served, the row does not fit or a weight is not finite;
         CalibrationError if the importance has another length or is not finite.
@@ -102,6 +106,12 @@ def map_rows(work: Callable[[slice], None], rows: int, columns: int, threads: in
             work(part)
         return
     list(_pool(threads).map(work, slices))
+
+
+def map_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> list[Result]:
+    """``work`` of every item, in order, on several threads of their own (what they call may use ``map_rows``)."""
+    with ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="quantkit-work") as pool:
+        return list(pool.map(work, items))
 
 
 @cache

@@ -71,7 +71,7 @@ class GgmlEncoder(Encoder):
     method = "ggml"
     serves = frozenset((*_MODULE_OF, *_FLOATS))
 
-    def encode(self, weight, importance, fmt, *, moments=None, threads=None, name="tensor", at=(0,)):
+    def encode(self, weight, importance, fmt, *, moments=None, outputs=None, threads=None, name="tensor", at=(0,)):
         if fmt.name not in self.serves:
             raise FormatError(
                 f"{name}: method ggml does not write {fmt.name}", hint="`quantkit formats` lists what can be written"

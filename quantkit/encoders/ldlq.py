@@ -80,15 +80,17 @@ class LdlqEncoder(Encoder):
         """Whether codes can be chosen apart from scales."""
         return isinstance(fmt.codes, Integers)
 
-    def encode(self, weight, importance, fmt, *, moments=None, threads=None, name="tensor", at=(0,)):
+    def encode(self, weight, importance, fmt, *, moments=None, outputs=None, threads=None, name="tensor", at=(0,)):
         if not self.writes(fmt):
             raise FormatError(
                 f"{name}: method ldlq does not write {fmt.name}", hint="`quantkit formats` lists what can be written"
             )
         packed = GgmlEncoder().encode(weight, importance, fmt, threads=threads, name=name, at=at)
-        return self.refine(weight, packed, fmt, moments, threads=threads, name=name) if moments is not None else packed
+        if moments is None:
+            return packed
+        return self.refine(weight, packed, fmt, moments, outputs=outputs, threads=threads, name=name)
 
-    def refine(self, weight, packed, fmt, moments, *, threads=None, name="tensor"):
+    def refine(self, weight, packed, fmt, moments, *, outputs=None, threads=None, name="tensor"):
         """New codes for what ggml's search has packed: uint8 (rows, bytes per row), scales and minimums unchanged.
 
         Raises CalibrationError if the moments belong to rows of another length or are not positive definite.

@@ -52,7 +52,7 @@ class NearestEncoder(Encoder):
         """Whether the format keeps one code for each weight, with a scale and perhaps a minimum."""
         return fmt.codes is not None and isinstance(fmt.values, Linear | Table)
 
-    def encode(self, weight, importance, fmt, *, moments=None, threads=None, name="tensor", at=(0,)):
+    def encode(self, weight, importance, fmt, *, moments=None, outputs=None, threads=None, name="tensor", at=(0,)):
         if not self.writes(fmt):
             raise FormatError(
                 f"{name}: method nearest does not write {fmt.name}", hint="`quantkit formats` lists what can be written"

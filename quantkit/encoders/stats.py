@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -30,28 +30,57 @@ class MomentSource(Protocol):
     def get(self, name: str, expert: int = 0) -> Moments | None:
         """Moments of one expert's inputs, None where nothing is known."""
 
+    def output_rows(self, name: str) -> int:
+        """Rows that are tied together by the outputs' moments; 0 where those are not known."""
+
+    def outputs(self, name: str, expert: int, start: int, stop: int) -> Moments | None:
+        """Moments of the gradients at whole blocks of rows of one expert, None where nothing is known."""
+
 
 @dataclass
 class TensorStats:
     """Second moments of the inputs of one tensor.
 
     sum_squares: float32 (experts, columns), the sum of x² over tokens; counts: float32 (experts,), tokens
-    seen by each expert (one entry for an ordinary matrix).
+    seen by each expert (one entry for an ordinary matrix). These two are what the calibration text sent there: its
+    traffic, and what imatrix.gguf means. gate_squares: float32 (experts,), the sum of the squared gate weights of the
+    same tokens. borrowed_squares, borrowed: as the first two, of tokens that experts with too few were shown beyond
+    that (analysis/coverage.py). None where nothing is known of them.
     """
 
     sum_squares: npt.NDArray[np.float32]
     counts: npt.NDArray[np.float32]
+    gate_squares: npt.NDArray[np.float32] | None = None
+    borrowed_squares: npt.NDArray[np.float32] | None = None
+    borrowed: npt.NDArray[np.float32] | None = None
 
     def importance(self, expert: int = 0) -> npt.NDArray[np.float32] | None:
         """Mean of x² for each column, float32 (columns,), or None if the expert saw no token."""
-        if self.counts[expert] <= 0:
-            return None
-        return (self.sum_squares[expert] / self.counts[expert]).astype(np.float32)
+        squares, count = self.sum_squares[expert], self.counts[expert]
+        if self.borrowed is not None and self.borrowed_squares is not None:
+            squares, count = squares + self.borrowed_squares[expert], count + self.borrowed[expert]
+        return (squares / count).astype(np.float32) if count > 0 else None
 
     @property
     def uncovered(self) -> list[int]:
-        """Experts that no calibration token reached."""
-        return [int(e) for e in np.flatnonzero(self.counts <= 0)]
+        """Experts of which nothing is known: no calibration token reached them and none was borrowed."""
+        seen = self.counts if self.borrowed is None else self.counts + self.borrowed
+        return [int(e) for e in np.flatnonzero(seen <= 0)]
+
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """What part of the squared output enters through each expert, by traffic and gate (by traffic where no gates are known)."""
+        weight = np.asarray(self.counts if self.gate_squares is None else self.gate_squares, np.float64)
+        return weight / weight.sum() if weight.sum() > 0 else weight
+
+    def routed(self) -> TensorStats:
+        """The statistics of the calibration text's own traffic, nothing borrowed: what llama.cpp's tools would read."""
+        return replace(self, borrowed_squares=None, borrowed=None)
+
+    def tobytes(self) -> bytes:
+        """Everything that ``importance`` depends on."""
+        parts = (self.sum_squares, self.counts, self.borrowed_squares, self.borrowed)
+        return b"".join(part.tobytes() for part in parts if part is not None)
 
 
 @dataclass
@@ -68,6 +97,21 @@ class ActivationStats:
     def moments_of(self, name: str, expert: int = 0) -> Moments | None:
         """Second moments of one expert's inputs, None where they were not kept."""
         return None if self.moments is None else self.moments.get(name, expert)
+
+    def routed(self) -> ActivationStats:
+        """Without what experts borrowed, for plans that promise llama-quantize's bytes."""
+        return replace(self, tensors={name: entry.routed() for name, entry in self.tensors.items()})
+
+    def output_rows(self, name: str) -> int:
+        """Rows of a tensor that are encoded together, because the outputs' moments tie them; 0 where none were kept."""
+        return 0 if self.moments is None else self.moments.output_rows(name)
+
+    def outputs_of(self, name: str, expert: int, start: int, stop: int) -> Moments | None:
+        """Moments of the gradients at rows start … stop of one expert, None where they were not kept.
+
+        start and stop are multiples of ``output_rows`` or the end of the matrix.
+        """
+        return None if self.moments is None else self.moments.outputs(name, expert, start, stop)
 
     def covers(self, name: str) -> bool:
         """Whether every expert of a tensor has statistics."""

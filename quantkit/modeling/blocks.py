@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,21 @@ class Observer(Protocol):
 
     def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """name: GGUF tensor; x: (tokens, columns) input; y: (…, rows) output, itself and no view; weight: (rows, columns)."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Tokens on their way through one router.
+
+    names: GGUF tensors of its experts (gate, up, down). x: (tokens, width), what the router and the experts see.
+    logits: (tokens, experts). chosen, weights: (tokens, k), the experts taken and the gate weights of their outputs.
+    """
+
+    names: tuple[str, str, str]
+    x: torch.Tensor
+    logits: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
 
 
 class Blocks:
@@ -41,14 +57,20 @@ class Blocks:
         return torch.from_numpy(rows[place.reshape(ids.shape)])
 
     @contextlib.contextmanager
-    def layer(self, index: int, observer: Observer | None = None) -> Iterator[Any]:
-        """The decoder layer with its weights; call it with hidden states. Freed on leaving."""
+    def layer(
+        self, index: int, observer: Observer | None = None, routing: Callable[[Routing], None] | None = None
+    ) -> Iterator[Any]:
+        """The decoder layer with its weights; call it with hidden states. Freed on leaving.
+
+        routing: is shown what the layer's router does, before the experts run.
+        """
         import torch
 
         layer = self.model.model.layers[index]
         prefix = f"model.layers.{index}."
         load_parameters(self.checkpoint, layer, prefix)
         handles = observe(self.checkpoint, layer, prefix, observer) if observer else []
+        handles += watch_routing(self.checkpoint, layer, prefix, routing) if routing else []
 
         def run(hidden: torch.Tensor, cache: Any = None) -> torch.Tensor:
             positions = torch.arange(hidden.shape[1]).unsqueeze(0)
@@ -62,6 +84,13 @@ class Blocks:
             for handle in handles:
                 handle.remove()
             layer.to("meta")
+
+    def show_expert(self, index: int, expert: int, x: torch.Tensor, observer: Observer) -> None:
+        """Show ``observer`` what one expert of a loaded layer makes of tokens x (tokens, width); nothing flows on."""
+        layer = self.model.model.layers[index]
+        name, module = next((name, module) for name, module in layer.named_modules() if _is_experts(module))
+        names = _expert_names(self.checkpoint, f"model.layers.{index}.{name}")
+        _run_expert(module, names, expert, x, observer.see)
 
     @contextlib.contextmanager
     def head(self, observer: Observer | None = None) -> Iterator[Any]:
@@ -89,11 +118,40 @@ def observe(checkpoint: Checkpoint, layer: Any, prefix: str, observer: Observer)
         if isinstance(module, torch.nn.Linear):
             tensor = tensor_names(checkpoint, f"{prefix}{name}.weight")[0]
             handles.append(module.register_forward_hook(_linear_hook(tensor, observer)))
-        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-            names = [n for p in ("gate_up_proj", "down_proj") for n in tensor_names(checkpoint, f"{prefix}{name}.{p}")]
+        elif _is_experts(module):
+            names = _expert_names(checkpoint, f"{prefix}{name}")
             module.forward = MethodType(_experts_forward(names, observer), module)
             handles.append(_Restore(module))
     return handles
+
+
+def watch_routing(checkpoint: Checkpoint, layer: Any, prefix: str, show: Callable[[Routing], None]) -> list[Any]:
+    """Call ``show`` whenever tokens pass a router of the layer; returns handles to remove."""
+    handles: list[Any] = []
+    for name, module in layer.named_modules():
+        if not (hasattr(module, "gate") and _is_experts(getattr(module, "experts", None))):
+            continue
+        logits: list[torch.Tensor] = []
+
+        def keep(_: Any, inputs: Any, output: Any, kept: list[torch.Tensor] = logits) -> None:
+            kept[:] = [output[0]]
+
+        def tell(_: Any, inputs: Any, kept: list[torch.Tensor] = logits, path: str = f"{prefix}{name}.experts") -> None:
+            x, chosen, weights = inputs
+            show(Routing(_expert_names(checkpoint, path), x, kept.pop(), chosen, weights))
+
+        handles += [module.gate.register_forward_hook(keep), module.experts.register_forward_pre_hook(tell)]
+    return handles
+
+
+def _is_experts(module: Any) -> bool:
+    return hasattr(module, "gate_up_proj") and hasattr(module, "down_proj")
+
+
+def _expert_names(checkpoint: Checkpoint, path: str) -> tuple[str, str, str]:
+    """GGUF tensors (gate, up, down) of transformers' stacked experts."""
+    gate, up = tensor_names(checkpoint, f"{path}.gate_up_proj")
+    return gate, up, tensor_names(checkpoint, f"{path}.down_proj")[0]
 
 
 def linear_weights(layer: Any) -> Iterator[torch.Tensor]:
@@ -103,7 +161,7 @@ def linear_weights(layer: Any) -> Iterator[torch.Tensor]:
     for module in layer.modules():
         if isinstance(module, torch.nn.Linear):
             yield module.weight.data
-        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+        elif _is_experts(module):
             for stacked in (module.gate_up_proj.data, module.down_proj.data):
                 yield from stacked
 
@@ -116,8 +174,8 @@ def change_inputs(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
     for module in layer.modules():
         if isinstance(module, torch.nn.Linear):
             handles.append(module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:])))
-        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
-            module.forward = MethodType(_experts_forward(["", "", ""], None, change), module)
+        elif _is_experts(module):
+            module.forward = MethodType(_experts_forward(("", "", ""), None, change), module)
             handles.append(_Restore(module))
     return handles
 
@@ -143,10 +201,9 @@ def _linear_hook(name: str, observer: Observer | None) -> Any:
 
 
 def _experts_forward(
-    names: list[str], observer: Observer | None, change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    names: tuple[str, str, str], observer: Observer | None, change: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> Any:
     """transformers' expert loop, showing the observer what each expert sees, or changing it."""
-    gate_name, up_name, down_name = names
 
     def see(*what: Any) -> None:
         if observer is not None:
@@ -154,24 +211,35 @@ def _experts_forward(
 
     def forward(self: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         import torch
-        from torch.nn.functional import linear
 
         out = torch.zeros_like(hidden)
-        width = self.gate_up_proj.shape[1] // 2
         for expert in range(self.gate_up_proj.shape[0]):
             token, slot = torch.where(index == expert)
             if not len(token):
                 continue
-            x = hidden[token] if change is None else change(hidden[token])
-            gate_w, up_w = self.gate_up_proj[expert, :width], self.gate_up_proj[expert, width:]
-            gate, up = linear(x, gate_w), linear(x, up_w)
-            see(gate_name, expert, x, gate, gate_w)
-            see(up_name, expert, x, up, up_w)
-            mid = self.act_fn(gate) * up
-            mid = mid if change is None else change(mid)
-            y = linear(mid, self.down_proj[expert])
-            see(down_name, expert, mid, y, self.down_proj[expert])
+            y = _run_expert(self, names, expert, hidden[token], see, change)
             out = out.index_add(0, token, y * weights[token, slot, None])
         return out
 
     return forward
+
+
+def _run_expert(
+    module: Any, names: tuple[str, str, str], expert: int, x: torch.Tensor, see: Callable[..., None],
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One expert's output for tokens x (tokens, width), before its gate weight."""
+    from torch.nn.functional import linear
+
+    gate_name, up_name, down_name = names
+    width = module.gate_up_proj.shape[1] // 2
+    x = x if change is None else change(x)
+    gate_w, up_w = module.gate_up_proj[expert, :width], module.gate_up_proj[expert, width:]
+    gate, up = linear(x, gate_w), linear(x, up_w)
+    see(gate_name, expert, x, gate, gate_w)
+    see(up_name, expert, x, up, up_w)
+    mid = module.act_fn(gate) * up
+    mid = mid if change is None else change(mid)
+    y = linear(mid, module.down_proj[expert])
+    see(down_name, expert, mid, y, module.down_proj[expert])
+    return y

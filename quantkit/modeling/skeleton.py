@@ -37,7 +37,7 @@ def empty_model(checkpoint: Checkpoint) -> Any:
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its buffers are computed, not loaded
-    if isinstance(checkpoint, GgufCheckpoint) and "rope_freqs.weight" in checkpoint.tensors:
+    if isinstance(checkpoint.opened, GgufCheckpoint) and "rope_freqs.weight" in checkpoint.tensors:
         model.model.rotary_emb.inv_freq /= torch.from_numpy(checkpoint.read("rope_freqs.weight"))
     return model.eval().requires_grad_(False)
 
@@ -108,6 +108,14 @@ def set_parameter(module: Any, name: str, value: torch.Tensor) -> None:
     for part in path:
         module = getattr(module, part)
     module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def row_order(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.int64]:
+    """Which row of a GGUF tensor (of each of its experts) every row of transformers' parameter is: int64 (rows,)."""
+    info = checkpoint.info(name)
+    rows = info.size if len(info.shape) == 1 else info.rows // info.experts
+    numbers = np.arange(rows, dtype=np.float64)
+    return _restore_rows(checkpoint, name, numbers if len(info.shape) == 1 else numbers[:, None]).reshape(-1).astype(np.int64)  # type: ignore[arg-type]
 
 
 def _restore_rows(checkpoint: Checkpoint, name: str, value: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

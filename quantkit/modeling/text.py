@@ -26,7 +26,7 @@ class TextEncoder:
             for name in ("bos", "eos")
             if f"tokenizer.ggml.{name}_token_id" in metadata
         }
-        if isinstance(checkpoint, HfCheckpoint) and (checkpoint.path / "tokenizer.json").exists():
+        if isinstance(checkpoint.opened, HfCheckpoint) and (checkpoint.path / "tokenizer.json").exists():
             self._tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()

@@ -15,7 +15,8 @@ from quantkit.formats import Format, get_format
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
 from quantkit.planning.plan import Assignment, Plan
 from quantkit.planning.policy import Policy
-from quantkit.planning.solver import Choice, solve_knapsack
+from quantkit.planning.solver import Choice, TooSlowError, solve_knapsack
+from quantkit.planning.speed import Clock, Rates
 
 # Bits per weight above which a dynamic plan carries a label of llama.cpp.
 LABELS = (
@@ -86,27 +87,29 @@ def dynamic_plan(
     *,
     budget: dict[str, object] | None = None,
     cost: CostOf | None = None,
+    rates: Rates | None = None,
+    least_speed: float | None = None,
 ) -> Plan:
     """The plan with the least predicted KL divergence whose file has at most ``budget_bytes``.
 
-    Raises PlanError with the smallest and largest size that can be had if the budget cannot be met.
+    rates: predict its tokens per second; least_speed: how many it must reach. Raises PlanError with the smallest
+    and largest size that can be had if the budget cannot be met, or with the speed that can be had.
     """
     policy.check_used(checkpoint)
     cost = cost or predicted_cost(sensitivity)
     groups = policy.groups(checkpoint)
-    options = [_options(group, policy, cost, sensitivity) for group in groups]
-    smallest = _assemble(checkpoint, groups, [min(o, key=lambda c: c.nbytes) for o in options])
-    low = planned_bytes(checkpoint, smallest, stats)
-    if budget_bytes < low:
-        largest = _assemble(checkpoint, groups, [max(o, key=lambda c: c.nbytes) for o in options])
-        high = planned_bytes(checkpoint, largest, stats)
+    clock = Clock(checkpoint, rates, budget_bytes) if rates is not None else None
+    timed = clock if least_speed is not None else None
+    options = [_options(group, policy, cost, sensitivity, timed) for group in groups]
+    smallest, largest = _extremes(checkpoint, groups, options, stats)
+    if budget_bytes < smallest.file_bytes:
         raise PlanError(
             f"a file of {budget_bytes:,} bytes is not possible",
-            hint=f"sizes from {low:,} bytes ({bits_per_weight(checkpoint, smallest):.2f} bpw) to {high:,} bytes "
-            f"({bits_per_weight(checkpoint, largest):.2f} bpw) can be had",
+            hint=f"sizes from {smallest.file_bytes:,} bytes ({smallest.bpw:.2f} bpw) to {largest.file_bytes:,} bytes "
+            f"({largest.bpw:.2f} bpw) can be had",
         )
-    rest = low - sum(min(c.nbytes for c in o) for o in options)
-    chosen = solve_knapsack(options, budget_bytes - rest)
+    rest = smallest.file_bytes - sum(min(c.nbytes for c in o) for o in options)
+    chosen = _solve(options, budget_bytes - rest, budget_bytes, timed, least_speed)
     plan = _assemble(checkpoint, groups, chosen)
     plan.budget = dict(budget or {"file_bytes": budget_bytes})
     plan.bpw = bits_per_weight(checkpoint, plan)
@@ -115,17 +118,72 @@ def dynamic_plan(
     plan.file_bytes = planned_bytes(checkpoint, plan, stats)
     plan.predicted_kld = total_prediction(sensitivity, plan, checkpoint)
     plan.constraints = policy.describe()
+    if clock is not None:
+        _record_speed(plan, checkpoint, clock, least_speed)
     _explain(plan, checkpoint, groups, options, chosen, policy, sensitivity)
     return plan
 
 
-def _options(group: list[TensorInfo], policy: Policy, cost: CostOf, sensitivity: Sensitivity) -> list[Choice]:
+def size_range(
+    checkpoint: Checkpoint, sensitivity: Sensitivity, stats: ActivationStats | None, policy: Policy
+) -> tuple[Plan, Plan]:
+    """The smallest and the largest plan that the policy allows, with their sizes."""
+    groups, cost = policy.groups(checkpoint), predicted_cost(sensitivity)
+    return _extremes(checkpoint, groups, [_options(g, policy, cost, sensitivity, None) for g in groups], stats)
+
+
+def _extremes(
+    checkpoint: Checkpoint, groups: list[list[TensorInfo]], options: list[list[Choice]], stats: ActivationStats | None
+) -> tuple[Plan, Plan]:
+    """The smallest and the largest plan."""
+    plans = [_assemble(checkpoint, groups, [pick(o, key=lambda c: c.nbytes) for o in options]) for pick in (min, max)]
+    for plan in plans:
+        plan.bpw, plan.file_bytes = bits_per_weight(checkpoint, plan), planned_bytes(checkpoint, plan, stats)
+    return plans[0], plans[1]
+
+
+def _solve(
+    options: list[list[Choice]], data_budget: int, budget_bytes: int, clock: Clock | None, least_speed: float | None
+) -> list[Choice]:
+    """The best choice of formats. Raises PlanError with the speed that can be had if ``least_speed`` cannot."""
+    if clock is None or least_speed is None:
+        return solve_knapsack(options, data_budget)
+    try:
+        return solve_knapsack(options, data_budget, 1 / least_speed - clock.fixed)
+    except TooSlowError as error:
+        raise PlanError(
+            f"{least_speed:g} tokens/s is not possible in {budget_bytes:,} bytes: the fastest plan of at most this size decodes "
+            f"{1 / (clock.fixed + error.seconds):.4g} tokens/s ({clock.rates.describe()})",
+            hint="ask for fewer tokens/s or for another size",
+        ) from None
+
+
+def _record_speed(plan: Plan, checkpoint: Checkpoint, clock: Clock, least_speed: float | None) -> None:
+    """Write the predicted speed into a plan, and what was asked."""
+    plan.budget["tokens_per_second"] = clock.tokens_per_second(checkpoint, plan)
+    plan.budget["speed_measured_on"] = clock.rates.describe()
+    if least_speed is not None:
+        plan.budget["min_tokens_per_second"] = least_speed
+        plan.constraints.append(f"at least {least_speed:g} tokens/s: {clock.rates.describe()}")
+
+
+def _options(
+    group: list[TensorInfo], policy: Policy, cost: CostOf, sensitivity: Sensitivity, clock: Clock | None
+) -> list[Choice]:
     allowed = [policy.allowed(info, measured_formats(sensitivity, info)) for info in group]
     shared = [fmt for fmt in allowed[0] if all(fmt in other for other in allowed[1:])]
     if not shared:
         raise PlanError(f"no format fits all of {', '.join(i.name for i in group)}, which must share one")
+    if clock is not None:
+        shared = clock.require(shared, group[0].name)
     return [
-        Choice(fmt.name, sum(data_bytes(info, fmt) for info in group), sum(cost(info, fmt) for info in group)) for fmt in shared
+        Choice(
+            fmt.name,
+            sum(data_bytes(info, fmt) for info in group),
+            sum(cost(info, fmt) for info in group),
+            sum(clock.seconds(info, fmt) for info in group) if clock is not None else 0.0,
+        )
+        for fmt in shared
     ]
 
 

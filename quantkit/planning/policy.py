@@ -7,6 +7,7 @@ floors for roles, formats kept by request.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -23,6 +24,57 @@ FLOORS: dict[Role, str] = {
     Role.HEAD: "Q3_K",
 }
 SUPER_WEIGHT_FLOOR = "Q6_K"
+FLOOR_GROUPS: dict[str, frozenset[Role]] = {  # what --floor may name besides single roles
+    "attention": ATTENTION_ROLES,
+    "shared": SHARED_ROLES,
+    "experts": frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN}),
+    "ffn": frozenset({Role.FFN_GATE, Role.FFN_UP, Role.FFN_DOWN}),
+}
+NO_FLOOR = "none"
+NEVER_QUANTIZED = (Role.ROUTER, Role.NORM)
+ROUTER_RULE = "router is F32: llama.cpp never quantizes it"
+
+
+def parse_floors(texts: Sequence[str]) -> dict[Role, str]:
+    """Floors from ``--floor ROLE=FORMAT``, on top of FLOORS: the last option that names a role wins.
+
+    ``ROLE=none`` takes a role's floor away, ``none`` alone takes all of FLOORS away, wherever it stands.
+    Raises PlanError for what is not such an option, FormatError for an unknown format.
+    """
+    floors = {} if any(_word(text) == NO_FLOOR for text in texts) else dict(FLOORS)
+    for text in texts:
+        if _word(text) == NO_FLOOR:
+            continue
+        name, sign, asked = (part.strip() for part in text.partition("="))
+        if not sign or not name or not asked:
+            raise PlanError(f"--floor {text!r} is not ROLE=FORMAT", hint="for example --floor attention=Q4_K, or --floor none")
+        for role in _floor_roles(name.lower(), asked):
+            if _word(asked) == NO_FLOOR:
+                floors.pop(role, None)
+            else:
+                floors[role] = get_format(asked).name
+    return floors
+
+
+def _word(text: str) -> str:
+    return text.strip().lower()
+
+
+def _floor_roles(name: str, asked: str) -> frozenset[Role]:
+    """Roles that ``--floor NAME=…`` means; none for the router's F32, which is a fact."""
+    if name in FLOOR_GROUPS:
+        return FLOOR_GROUPS[name]
+    roles = {role.value: role for role in Role}
+    if name == Role.ROUTER.value and _word(asked) == "f32":
+        return frozenset()
+    if name in roles and roles[name] in NEVER_QUANTIZED:
+        raise PlanError(
+            f"--floor {name}={asked} changes nothing: llama.cpp never quantizes the {name}, it stays F32", hint="leave it out"
+        )
+    if name not in roles:
+        known = ", ".join([*FLOOR_GROUPS, *(role.value for role in Role if role not in NEVER_QUANTIZED)])
+        raise PlanError(f"--floor: unknown role {name!r}", hint=f"one of {known}")
+    return frozenset({roles[name]})
 
 
 @dataclass(frozen=True)
@@ -58,7 +110,7 @@ class Policy:
 
     def describe(self) -> list[str]:
         """The rules in words."""
-        out = [f"{role.value} at least {name}" for role, name in self.floors.items()]
+        out = [*self._describe_floors(), ROUTER_RULE]
         if self.tied_heads and Role.HEAD in self.floors:
             out.append(f"the embedding is the head too: at least {self.floors[Role.HEAD]}")
         out += [f"{name} at least {SUPER_WEIGHT_FLOOR}: holds a super weight" for name in sorted(self.super_weight_tensors)]
@@ -67,6 +119,18 @@ class Policy:
         out += [f"names matching {keep.pattern!r} are {keep.format.name}" for keep in self.keeps]
         if self.fused:
             out.append("q, k and v share a format, gate and up share a format: the runtime fuses them")
+        return out
+
+    def _describe_floors(self) -> list[str]:
+        """One line for each role with a floor, or for a whole group that shares one."""
+        out: list[str] = []
+        told: set[Role] = set()
+        for group, roles in FLOOR_GROUPS.items():
+            names = {self.floors.get(role) for role in roles}
+            if len(names) == 1 and None not in names:
+                out.append(f"{group} at least {names.pop()}")
+                told |= roles
+        out += [f"{role.value} at least {name}" for role, name in self.floors.items() if role not in told]
         return out
 
     def kept(self, info: TensorInfo) -> type[Format] | None:

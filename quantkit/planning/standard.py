@@ -117,7 +117,7 @@ def standard_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | No
     mix = ALIASES.get(name.upper(), name.upper())
     if mix not in BASE:
         raise PlanError(f"unknown standard mix {name!r}", hint=f"known mixes: {', '.join(BASE)}")
-    stats = stats if use_importance else None
+    stats = stats.routed() if use_importance and stats is not None else None  # llama-quantize knows nothing borrowed
     walk = sorted(checkpoint.tensors.values(), key=_walk_order)
     model = _model(checkpoint, walk, stats is not None)
     chosen: dict[str, Assignment] = {}
@@ -159,7 +159,7 @@ def uniform_plan(checkpoint: Checkpoint, name: str, stats: ActivationStats | Non
 
 def unquantized_format(info: TensorInfo, checkpoint: Checkpoint) -> str:
     """llama-quantize copies what it does not quantize; from a Hugging Face folder that is F32."""
-    return info.dtype if isinstance(checkpoint, GgufCheckpoint) else "F32"
+    return info.dtype if isinstance(checkpoint.opened, GgufCheckpoint) else "F32"
 
 
 def fallback(name: str, columns: int) -> str:

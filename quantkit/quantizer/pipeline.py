@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,7 @@ class Job:
     stats: ActivationStats | None
     cache: TensorCache | None
     threads: int
+    given: Mapping[str, Packed] = field(default_factory=dict)  # tensors whose bytes are known already
 
     def encode(self, info: TensorInfo, expert: int, start: int, stop: int) -> Packed:
         """Read and encode rows start…stop (counted over all experts) of one tensor."""
@@ -65,14 +66,22 @@ class Job:
         first = start - expert * (info.rows // info.experts)
         at = (expert, first) if info.experts > 1 else (first,)
         encoder = get_encoder(entry.method)
-        moments = self.stats.moments_of(info.name, expert) if self.stats is not None and encoder.needs_moments else None
-        return encoder.encode(rows, importance, get_format(entry.format), moments=moments, threads=1, name=info.name, at=at)
+        moments = outputs = None
+        if self.stats is not None and encoder.needs_moments:
+            moments = self.stats.moments_of(info.name, expert)
+            outputs = self.stats.outputs_of(info.name, expert, first, first + stop - start) if encoder.uses_outputs else None
+        return encoder.encode(
+            rows, importance, get_format(entry.format), moments=moments, outputs=outputs, threads=1, name=info.name, at=at
+        )
 
     def slices(self, info: TensorInfo) -> Iterator[tuple[int, int, int]]:
         """(expert, first row, end row) in order; small enough that every thread has work."""
         per_expert = info.rows // info.experts
         limit = min(SLICE_WEIGHTS, IN_FLIGHT_BYTES // (BYTES_PER_WEIGHT * (2 * self.threads + 2)))
         step = max(1, min(limit, max(1 << 18, info.size // (4 * self.threads))) // info.columns)
+        if self.stats is not None and get_encoder(self.plan.tensors[info.name].method).uses_outputs:
+            together = max(1, self.stats.output_rows(info.name))
+            step = -(-step // together) * together
         for expert in range(info.experts):
             for row in range(0, per_expert, step):
                 yield expert, expert * per_expert + row, expert * per_expert + min(row + step, per_expert)
@@ -80,6 +89,9 @@ class Job:
     def work(self, info: TensorInfo) -> Iterator[Callable[[], Packed]]:
         """The pieces of one tensor as calls, in order: from the cache, or to be encoded."""
         entry = self.plan.tensors[info.name]
+        if info.name in self.given:
+            yield lambda: self.given[info.name]
+            return
         if self.cache is not None and get_format(entry.format).is_quantized():
             known = self.cache.find(self.checkpoint, info, entry, self.stats, self.plan.uncovered_as_ones)
             if known is not None:
@@ -99,20 +111,25 @@ def run(
     force: bool = False,
     threads: int | None = None,
     split_bytes: int | None = None,
+    given: Mapping[str, Packed] | None = None,
+    notes: list[str] | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write ``plan`` as a GGUF file with its manifest; returns the manifest (of the first part).
 
     stats: activation statistics for the encoders (used if the plan says so). cache: folder of encoded
     tensors that are reused and added to. split_bytes: write parts of about this size, named as llama.cpp
-    names them, instead of one file. Raises PlanError if the plan does not fit the model, OutputError if the
+    names them, instead of one file. given: bytes of tensors that were encoded elsewhere; notes: what the manifest says
+    about them. Raises PlanError if the plan does not fit the model, OutputError if the
     output exists, equals the input or cannot be written; nothing is left under the final name then.
     """
     plan.check(checkpoint)
     checkpoint.require_unquantized()
     used = stats if plan.use_importance else None
+    if used is not None and plan.uncovered_as_ones:
+        used = used.routed()  # bytes as llama-quantize makes them from imatrix.gguf
     plan.check_importance(used)
-    job = Job(checkpoint, plan, used, TensorCache(cache) if cache else None, threads or default_threads())
+    job = Job(checkpoint, plan, used, TensorCache(cache) if cache else None, threads or default_threads(), given or {})
     parts = split_parts(job, stats, split_bytes)
     paths = part_names(out, len(parts))
     for path in paths:
@@ -132,7 +149,32 @@ def run(
         raise
     task.done()
     manifests[0].parts = [path.name for path in paths] if len(paths) > 1 else []
+    if notes:
+        manifests[0].notes += notes
+        write_text(manifest_path(paths[0]), manifests[0].to_json())
     return manifests[0]
+
+
+def encode_all(
+    checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, cache: Path | None = None, progress: Progress | None = None
+) -> dict[str, Packed]:
+    """Every quantized tensor of a plan in memory: name → uint8 (rows, bytes per row)."""
+    job = Job(checkpoint, plan, stats if plan.use_importance else None, TensorCache(cache) if cache else None, default_threads())
+    infos = [info for info in checkpoint.tensors.values() if get_format(plan.tensors[info.name].format).is_quantized()]
+    task = (progress or Progress()).task("encode", total=sum(info.size for info in infos), unit="weights")
+    calls = ((info.name, call) for info in infos for call in job.work(info))
+    pieces: dict[str, list[Packed]] = {info.name: [] for info in infos}
+    left = {info.name: get_format(plan.tensors[info.name].format).row_bytes(info.columns) * info.rows for info in infos}
+    with ThreadPoolExecutor(job.threads) as pool:
+        for name, piece in in_order(pool, calls, ahead=2 * job.threads + 2):
+            pieces[name].append(piece.reshape(-1))
+            left[name] -= piece.nbytes
+            if job.cache is not None:
+                job.cache.add(name, piece, complete=left[name] == 0)
+            if left[name] == 0:
+                task.advance(checkpoint.info(name).size)
+    task.done()
+    return {info.name: np.concatenate(pieces[info.name]).reshape(info.rows, -1) for info in infos}
 
 
 def check_output(checkpoint: Checkpoint, out: Path, force: bool) -> None:
@@ -249,7 +291,7 @@ def _write_tensors(job: Job, writer: GgufWriter, specs: list[TensorSpec], advanc
                 flushing = flusher.submit(os.fdatasync, writer.handle.fileno())  # so that the last fsync is short
                 unflushed = 0
             left[name] -= piece.nbytes
-            if job.cache is not None and get_format(job.plan.tensors[name].format).is_quantized():
+            if job.cache is not None and name not in job.given and get_format(job.plan.tensors[name].format).is_quantized():
                 job.cache.add(name, piece, complete=left[name] == 0)
             if left[name] == 0:
                 advance(infos[name].size)

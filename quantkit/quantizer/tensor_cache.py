@@ -41,7 +41,7 @@ def cache_key(
         digest.update(stats.moments.key.encode())
     known = stats.tensors.get(info.name) if stats else None
     if known is not None:
-        digest.update(known.sum_squares.tobytes() + known.counts.tobytes())
+        digest.update(known.tobytes())
         if known.uncovered:
             digest.update(str(ones).encode())
     return digest.hexdigest()[:32]
