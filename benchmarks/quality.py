@@ -32,7 +32,7 @@ from typing import Any
 
 from allocation import JUDGED_TOKENS, calibration_files, make_stock
 from common import SHARED, TOOLS, environment, tool
-from quality_rows import ABLATION, FLOOR, KEPT, STOCK, Entry, floor_rows, judge_entries, print_summary, record, summary
+from quality_rows import ABLATION, KEPT, STOCK, Entry, floor_rows, judge_entries, print_summary, record, summary
 from train_models import RECIPES, trained
 
 from quantkit import api
@@ -55,14 +55,20 @@ SMALL = "stories260K"
 MODELS = ("qk-dense-6m", "qk-moe-11m", *RECIPES, SMALL)
 PEER_MIXES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 FLOOR_MIXES = ("Q6_K", "Q8_0")
-TEXTS = {  # file, and how many characters of its end are judged (None: all)
+TEXTS: dict[str, tuple[str, int | None]] = {  # file, and how many characters of its end are judged (None: all)
     "stories": ("tinystories/heldout.txt", None), "wikitext": ("wikitext2/wiki.test.raw", None),
     "code": ("calibration/code.utf8", 150_000), "technical": ("calibration/technical.utf8", 150_000),
 }  # fmt: skip
-DEV = {"stories": ("tinystories/stories.txt", 150_000), "c4": ("calibration/c4.utf8", 150_000)}
+DEV: dict[str, tuple[str, int | None]] = {"stories": ("tinystories/stories.txt", 150_000), "c4": ("calibration/c4.utf8", 150_000)}
 TOKENS = 200_000  # of calibration text
 DEFAULT_EFFORT = 2
-WAYS = {1: "effort 1: allocation alone", 2: "effort 2: two_sided", 3: "effort 3: and refine", 4: "effort 4: and refit", 5: "effort 5"}
+WAYS = {
+    1: "effort 1: allocation alone",
+    2: "effort 2: two_sided",
+    3: "effort 3: and refine",
+    4: "effort 4: and refit",
+    5: "effort 5",
+}
 LDLQ = "effort 2, ldlq instead of two_sided"
 
 
@@ -104,7 +110,7 @@ class Bench:
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', what)}.gguf"
 
 
-def stock_entry(bench: Bench, mix: str, part: str, what: str) -> Entry:
+def stock_entry(bench: Bench, mix: str, part: str, what: str, against: str = STOCK) -> Entry:
     """llama-quantize's file of a mix, or what it said."""
     path = bench.file(f"stock {mix}")
     try:
@@ -113,7 +119,7 @@ def stock_entry(bench: Bench, mix: str, part: str, what: str) -> Entry:
     except SystemExit as stop:
         path.unlink(missing_ok=True)
         return Entry(what, part, reason=[line for line in str(stop).splitlines() if line.strip()][-1])
-    return Entry(what, part, path)
+    return Entry(what, part, path, against=against)
 
 
 def uniform_entry(bench: Bench, mix: str, size: int) -> Entry:
@@ -126,8 +132,11 @@ def uniform_entry(bench: Bench, mix: str, size: int) -> Entry:
         return Entry("uniform", "uniform", reason=f"no format fits into {size:,} bytes")
     plan = max(fitting, key=lambda plan: (plan.file_bytes, plan.name.endswith("_K")))
     path = bench.file(f"{plan.name} at {mix}")
-    with bench.timed(f"{mix}: uniform"):
-        write_file(bench.checkpoint, plan, path, stats=stats, force=True)
+    try:
+        with bench.timed(f"{mix}: uniform"):
+            write_file(bench.checkpoint, plan, path, stats=stats, force=True)
+    except QuantkitError as error:
+        return Entry("uniform", "uniform", reason=str(error))
     return Entry("uniform", "uniform", path, facts={"format": plan.name.removeprefix("uniform-")})
 
 
@@ -146,12 +155,11 @@ def dynamic_entry(
             )[1]  # fmt: skip
     except QuantkitError as error:
         return Entry(what, part, reason=str(error), effort=effort)
-    tensors = made.plan["tensors"].values()
-    quantized = [entry for entry in tensors if get_format(entry["format"]).is_quantized()]
+    quantized = [entry for entry in made.tensors.values() if get_format(entry["format"]).is_quantized()]
     facts = {
         "predicted_kld": made.plan["predicted_kld"], "methods": dict(Counter(entry["method"] for entry in quantized)),
         "formats": dict(Counter(entry["format"] for entry in quantized)), "notes": made.notes,
-        "rescaled": made.plan["identity"] != bench.checkpoint.identity,
+        "rescaled": made.source["identity"] != bench.checkpoint.identity,
     }  # fmt: skip
     return Entry(what, part, path, against=against, effort=effort, facts=facts)
 
@@ -180,8 +188,7 @@ def kept_entries(bench: Bench, mix: str, stock: Path) -> list[Entry]:
     )
     efforts = sorted({e for e in bench.given.efforts if e == DEFAULT_EFFORT} | {max(bench.given.efforts)})
     return [
-        dynamic_entry(bench, mix, f"{WAYS[e]}; head and embedding as stock", KEPT, stock.stat().st_size, e, keep)
-        for e in efforts
+        dynamic_entry(bench, mix, f"{WAYS[e]}; head and embedding as stock", KEPT, stock.stat().st_size, e, keep) for e in efforts
     ]
 
 
@@ -208,7 +215,7 @@ def peer_entries(bench: Bench, mix: str) -> list[Entry]:
 def mix_rows(bench: Bench, mix: str, texts: dict[str, Path]) -> list[dict[str, Any]]:
     """Make and judge all files at the bytes of one stock mix; they are deleted afterwards."""
     given, where = bench.given, {"model": name_of(bench.model), "mix": mix}
-    anchor = stock_entry(bench, mix, STOCK, STOCK)
+    anchor = stock_entry(bench, mix, STOCK, STOCK, against="")
     if anchor.path is None:
         return judge_entries(bench.model, where, [anchor], texts, given.judges, given.tokens)
     entries = [anchor, *ablation_entries(bench, mix, anchor.path.stat().st_size)]
@@ -221,11 +228,11 @@ def mix_rows(bench: Bench, mix: str, texts: dict[str, Path]) -> list[dict[str, A
     if mix in FLOOR_MIXES and "llama" in given.judges:
         with bench.timed(f"{mix}: floor"):
             brain = bench.folder / "bf16.gguf" if mix == next(m for m in given.mixes if m in FLOOR_MIXES) else None
-            rows += floor_rows(bench.model, brain, {mix: anchor.path}, texts, given.tokens)
+            rows += floor_rows(bench.model, where, brain, anchor.path, texts, given.tokens)
     for entry in entries:
         if entry.path is not None:
             entry.path.unlink()
-    return [{**row, **where} if row["part"] != FLOOR else {**row, "model": where["model"]} for row in rows]
+    return rows
 
 
 def name_of(model: Path) -> str:
@@ -259,7 +266,9 @@ def prepare(bench: Bench) -> None:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}"
+    )
     parser.add_argument(
         "--mixes", nargs="+", choices=sorted({*MIXES, *LEGACY}), metavar="MIX",
         help=f"default {' '.join(MIXES)}; for {SMALL} {' '.join(LEGACY)}",
@@ -282,7 +291,8 @@ def arguments() -> argparse.Namespace:
 
 def model_rows(name: str, given: argparse.Namespace, run: str, facts: dict[str, Any]) -> list[dict[str, Any]]:
     """All rows of one model; recorded after every mix."""
-    mixes = given.mixes or list(LEGACY if name == SMALL else MIXES)
+    known = LEGACY if name == SMALL else MIXES
+    mixes = [mix for mix in given.mixes or known if mix in known]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         started = time.perf_counter()

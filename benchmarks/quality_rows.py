@@ -130,9 +130,7 @@ def line_of(row: dict[str, Any]) -> str:
     numbers = f"{row.get('bytes', 0):>11,} B  KLD {row['kld']:.5f} ± {row['kld_error']:.5f}  99.9 % {row['p999']:.4f}  top-1 {row['top1']:.4f}"
     if "ratio" in row:
         worse = "" if row["perplexity_not_worse"] else " worse"
-        numbers += (
-            f"  ratio {row['ratio']:.3f}  perplexity × {row['paired_perplexity']:.4f} ± {row['paired_perplexity_error']:.4f}{worse}"
-        )
+        numbers += f"  ratio {row['ratio']:.3f}  perplexity × {row['paired_perplexity']:.4f} ± {row['paired_perplexity_error']:.4f}{worse}"
     return f"{head} {numbers}"
 
 
@@ -162,28 +160,26 @@ def runtime_floor(reference: Runner, candidate: Runner, windows: np.ndarray) -> 
 
 
 def floor_rows(
-    model: Path, brain: Path | None, stock: dict[str, Path], texts: dict[str, Path], tokens: int
+    model: Path, where: dict[str, Any], brain: Path | None, stock: Path, texts: dict[str, Path], tokens: int
 ) -> list[dict[str, Any]]:
-    """llama.cpp's own part of the divergence, without any error of weights.
+    """llama.cpp's own part of the divergence, without any error of weights. where: model and mix.
 
-    brain: a BF16 file of the model, against the same in F32. stock: mix → file; its products of rounded activations
-    against torch's with the same weights in float32.
+    brain: a BF16 file of the model, against the same in F32. stock: the mix's file; llama.cpp's products of rounded
+    activations against torch's with the same weights in float32.
     """
-    original, rows = open_checkpoint(model), []
+    original, checkpoint = open_checkpoint(model), open_checkpoint(stock)
     window = min(512, int(original.config.get("max_position_embeddings") or 512))
+    rows: list[dict[str, Any]] = []
     for text, path in texts.items():
         windows = comparison.evaluation_windows(original, [path], window, tokens)
-        found = {}
+        pair = TorchRunner(checkpoint), LlamaRunner(checkpoint, window)
+        found = {(where["mix"], "floor: stock weights, llama.cpp and torch"): runtime_floor(*pair, windows)}
         if brain is not None:
             runners = open_runner(original, "llama", window), FileAsItIs(brain, window)
             found["BF16", "floor: BF16 file as llama.cpp runs it"] = runtime_floor(*runners, windows)
-        for mix, file in stock.items():
-            checkpoint = open_checkpoint(file)
-            pair = TorchRunner(checkpoint), LlamaRunner(checkpoint, window)
-            found[mix, "floor: stock weights, llama.cpp and torch"] = runtime_floor(*pair, windows)
         for (mix, what), d in found.items():
             row = {
-                "model": model.name, "mix": mix, "text": text, "judge": "llama", "what": what, "part": FLOOR, "tokens": d.tokens,
+                **where, "mix": mix, "text": text, "judge": "llama", "what": what, "part": FLOOR, "tokens": d.tokens,
                 "kld": d.mean_kld, "kld_error": d.mean_kld_error, "p999": d.p999_kld, "top1": d.top1_agreement,
                 "perplexity_ratio": d.perplexity_ratio,
             }  # fmt: skip
@@ -210,6 +206,7 @@ def summary(rows: list[dict[str, Any]], untuned: set[str]) -> list[dict[str, Any
         limit = 1.0 if known is None else known + SLACK * (model in untuned)
         line = {
             "model": model, "mix": mix, "table": part, "effort": effort, "judge": judge, "texts": [row["text"] for row in some],
+            "runs": sorted({row["run"] for row in some if "run" in row}),
             "ratio": worst["ratio"], "worst_text": worst["text"], "limit": limit, "reached": worst["ratio"] <= limit,
             "fits": all(row["fits"] for row in some), "p999_better": all(row["p999_ratio"] < 1 for row in some),
             "top1_better": all(row["top1_gain"] > 0 for row in some),
@@ -233,15 +230,25 @@ def print_summary(lines: list[dict[str, Any]]) -> None:
         )
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("model", "mix", "what"))
+def _file_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["model"], row["mix"], row["what"]
+
+
+def _stays(row: dict[str, Any], new: list[dict[str, Any]]) -> bool:
+    """Whether a row of an earlier run stays. new: rows of the same file: of its text and judge, or a reason, replace it."""
+    return not any(
+        "text" not in row or "text" not in other or (row["text"], row["judge"]) == (other["text"], other["judge"])
+        for other in new
+    )
 
 
 def record(rows: list[dict[str, Any]], run: str, facts: dict[str, Any], untuned: set[str]) -> Path:
     """Write the results: these rows, and of earlier runs what this one did not make. Every row names its run."""
     path = RESULTS / f"{NAME}.json"
     old = json.loads(path.read_text()) if path.exists() else {"rows": [], "runs": {}}
-    made = {_key(row) for row in rows}
-    total = [row for row in old["rows"] if _key(row) not in made] + [{**row, "run": run} for row in rows]
+    new: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        new.setdefault(_file_of(row), []).append(row)
+    total = [row for row in old["rows"] if _stays(row, new.get(_file_of(row), []))] + [{**row, "run": run} for row in rows]
     runs = {name: value for name, value in {**old["runs"], run: facts}.items() if any(row["run"] == name for row in total)}
     return write_results(NAME, "make bench-quality", total, runs=runs, summary=summary(total, untuned))

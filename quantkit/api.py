@@ -15,14 +15,14 @@ from typing import Any
 from quantkit.analysis.imatrix import load_stats
 from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, refit_windows, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
 from quantkit.planning.budget import Request, budget_bytes
-from quantkit.planning.dynamic import CostOf, dynamic_plan, total_prediction
+from quantkit.planning.dynamic import CostOf, dynamic_plan, measured_formats, total_prediction
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
 from quantkit.planning.policy import Keep, Policy, parse_floors
@@ -38,7 +38,7 @@ from quantkit.quantizer.pipeline import check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
 from quantkit.quantizer.refine import refined
 from quantkit.quantizer.refit import refit
-from quantkit.session import FOLDED, Options, analysis_of, without_outliers
+from quantkit.session import FOLDED, Options, analysis_of, text_behind, without_outliers
 
 PLAN, TENSORS = "plan.json", "tensors"
 REFINE_EFFORT, REFIT_EFFORT = 3, 4
@@ -104,8 +104,13 @@ def _dynamic(
 
     made = solve()
     if options.effort >= REFIT_EFFORT and sensitivity.estimator == "probes":
-        text = options.text(checkpoint)
-        found = refit(checkpoint, sensitivity, stats, refit_windows(text), solve, options.progress)
+        windows = refit_windows(checkpoint, text_behind(checkpoint, options, sensitivity.calibration))
+
+        def allowed(info: TensorInfo) -> set[str]:
+            return {fmt.name for fmt in policy.allowed(info, measured_formats(sensitivity, info))}
+
+        free = None if speed is not None or policy.fused else allowed
+        found = refit(checkpoint, sensitivity, stats, windows, solve, free, options.progress)
         made = found.plan
         made.budget["measured_kld"] = found.measured
         made.constraints += [
@@ -217,7 +222,7 @@ def _refined(
     """Bytes that refining changed, and what to tell about it; nothing below effort 3."""
     if options.effort < REFINE_EFFORT or stats is None or options.imatrix is not None:
         return {}, []
-    text = options.text(checkpoint)
+    text = text_behind(checkpoint, options, Sensitivity.read(work / ANALYSIS).calibration)
     found = refined(checkpoint, plan, stats, text, work, EPOCHS[options.effort], options.progress)
     change = f"refined: KLD {found.before:.4g} → {found.after:.4g} nats/token on calibration text set apart"
     return found.packed, [change if found.packed else "refining did not help on text set apart, nothing was changed"]

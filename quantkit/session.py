@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from quantkit.analysis.calibration import calibrate
 from quantkit.analysis.imatrix import check_stats, read_imatrix
@@ -58,10 +59,6 @@ class Options:
         """Calibration texts of the user's own, None for the package's mix."""
         return [Path(path) for path in self.calibration] or None
 
-    def text(self, checkpoint: Checkpoint) -> CalibrationText:
-        """The calibration text as token windows."""
-        return load_calibration(checkpoint, self.files, self.tokens)
-
 
 def analysis_of(checkpoint: Checkpoint, options: Options) -> tuple[Sensitivity, ActivationStats]:
     """The analysis and statistics in the work directory if they are of this input, else made anew."""
@@ -95,6 +92,15 @@ def _reusable(work: Path, checkpoint: Checkpoint, key: str, options: Options) ->
     return (sensitivity, stats) if same or sensitivity.calibration.get("key") == key else None
 
 
+def text_behind(checkpoint: Checkpoint, options: Options, calibration: dict[str, Any]) -> CalibrationText:
+    """The text that an analysis was made from, as token windows: what was given, or what the analysis says.
+
+    Raises CalibrationError if a file of the user's is no longer where it was.
+    """
+    files = options.files or ([Path(path) for path in calibration["files"]] or None)
+    return load_calibration(checkpoint, files, calibration["tokens"])
+
+
 def without_outliers(checkpoint: Checkpoint, options: Options) -> tuple[Checkpoint, Options]:
     """The model with its outlier channels moved where they do not hurt, and a work directory for it; both unchanged if it has none.
 
@@ -106,11 +112,15 @@ def without_outliers(checkpoint: Checkpoint, options: Options) -> tuple[Checkpoi
     key = analysis_key(checkpoint, options.files, None, FOLD_TOKENS, None, EFFORT)
     path = work / FOLDED / f"transform-{key}.safetensors"
     transform = None
+    if not options.given and not path.exists():  # as with an analysis: what is there is used, whatever text it is from
+        path = max(path.parent.glob("transform-*.safetensors"), key=lambda p: p.stat().st_mtime, default=path)
     if path.exists():
         try:
             transform = Transform.load(path)
         except QuantkitError:
             path.unlink()
+    if transform is not None and transform.identity != checkpoint.identity:
+        transform = None
     if transform is None:
         text = load_calibration(checkpoint, options.files, FOLD_TOKENS)
         transform = find_fold(checkpoint, calibrate(checkpoint, text, options.progress).stats, options.progress)

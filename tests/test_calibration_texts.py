@@ -70,9 +70,13 @@ def shared_text(name: str) -> str:
 
 def judged_texts() -> dict[str, str]:
     """What comparisons and benchmarks judge on."""
-    from allocation import JUDGED
+    from allocation import JUDGED, LEFT_OUT, LEFT_OUT_CHARACTERS
 
-    return {**{path.name: path.read_text() for path in default_texts()}, **{n: shared_text(name) for n, name in JUDGED.items()}}
+    return {
+        **{path.name: path.read_text() for path in default_texts()},
+        **{n: shared_text(name) for n, name in JUDGED.items()},
+        **{n: shared_text(name)[-LEFT_OUT_CHARACTERS:] for n, name in LEFT_OUT.items()},
+    }
 
 
 def check(calibration: dict[str, str], judged: dict[str, str], length: int) -> None:

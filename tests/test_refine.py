@@ -128,12 +128,20 @@ def test_refit_never_ends_worse_and_stays_in_its_budget(planned):
     def solve(cost):
         return dynamic_plan(checkpoint, sensitivity, stats, size, Policy(), cost=cost)
 
-    found = refit(checkpoint, sensitivity, stats, refit_windows(text), solve, Progress())
+    found = refit(
+        checkpoint,
+        sensitivity,
+        stats,
+        refit_windows(checkpoint, text),
+        solve,
+        lambda info: set(sensitivity.tensors[info.name].formats),
+        Progress(),
+    )
     assert found.measured == min(kld for _, kld, kept in found.history if kept) <= found.history[0][1]
     assert found.plan.file_bytes <= size
     assert len(found.history) > 1
     probed = {row.tobytes() for row in text.train}
-    assert not any(row.tobytes() in probed for row in refit_windows(text))
+    assert not any(row.tobytes() in probed for row in refit_windows(checkpoint, text))
 
 
 def test_the_dial_refines_and_the_next_run_reuses_it(analyzed, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ SAMPLE_WEIGHTS = 1 << 23  # larger tensors are measured on a sample of their row
 SAMPLE_PRODUCTS = 1 << 33  # and on fewer rows yet where the metric is a full matrix: weights × columns
 
 Matrix = npt.NDArray[np.float32]
+Decoded = dict[tuple[str, str, str], Matrix]  # by tensor, format and method
 
 
 def offered_formats(info: TensorInfo, stats: ActivationStats | None = None) -> list[type[Format]]:
@@ -100,22 +101,27 @@ class Metric:
 
 
 def measure_errors(
-    checkpoint: Checkpoint, stats: ActivationStats, fisher: Fisher, progress: Progress
+    checkpoint: Checkpoint, stats: ActivationStats, fisher: Fisher, progress: Progress, decoded: Decoded | None = None
 ) -> dict[str, TensorSensitivity]:
-    """Errors of every quantizable tensor in every offered format, with the real encoders."""
+    """Errors of every quantizable tensor in every offered format, with the real encoders.
+
+    decoded: is filled with what two_sided made of whole tensors, so that probes need not encode them again.
+    """
     todo = [info for info in checkpoint.tensors.values() if info.quantizable]
     task = progress.task("measure formats", total=sum(info.size for info in todo), unit="weights")
     out = {}
     for info in todo:
-        out[info.name] = _measure_tensor(checkpoint, info, stats, fisher)
+        out[info.name] = _measure_tensor(checkpoint, info, stats, fisher, decoded)
         task.advance(info.size)
     task.done()
     return out
 
 
-def _measure_tensor(checkpoint: Checkpoint, info: TensorInfo, stats: ActivationStats, fisher: Fisher) -> TensorSensitivity:
+def _measure_tensor(
+    checkpoint: Checkpoint, info: TensorInfo, stats: ActivationStats, fisher: Fisher, decoded: Decoded | None
+) -> TensorSensitivity:
     entry = stats.tensors.get(info.name)
-    sums = _Sums(info, offered_formats(info, stats), fisher)
+    sums = _Sums(info, offered_formats(info, stats), fisher, keep=decoded is not None)
     for expert in range(info.experts):
         share = 1.0
         if entry is not None and info.experts > 1:
@@ -125,6 +131,10 @@ def _measure_tensor(checkpoint: Checkpoint, info: TensorInfo, stats: ActivationS
             stride = int(rows[1] - rows[0]) if len(rows) > 1 else 1
             weight = checkpoint.read_rows(info.name, first, first + int(rows[-1] - rows[0]) + 1)[::stride]
             sums.add(weight, stats, share, expert, rows)
+    if decoded is not None:
+        for name, pieces in sums.kept.items():
+            if sum(map(len, pieces)) == info.rows:
+                decoded[info.name, name, "two_sided"] = np.concatenate(pieces).reshape(info.shape)
     return TensorSensitivity(
         role=info.role.value,
         layer=info.layer,
@@ -151,10 +161,11 @@ def _sampled_rows(info: TensorInfo, stats: ActivationStats) -> Iterator[npt.NDAr
 class _Sums:
     """Adds up the errors of one tensor over its pieces, for every format and method."""
 
-    def __init__(self, info: TensorInfo, offered: list[type[Format]], fisher: Fisher) -> None:
-        self._info, self._offered, self._fisher = info, offered, fisher
+    def __init__(self, info: TensorInfo, offered: list[type[Format]], fisher: Fisher, keep: bool = False) -> None:
+        self._info, self._offered, self._fisher, self._keep = info, offered, fisher, keep
         self._probed = set(probe_formats(info, [fmt.name for fmt in offered]))
         self._errors: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # weight, activation, Fisher
+        self.kept: dict[str, list[Matrix]] = {}  # what two_sided gave back, by format
         self._norms = np.zeros(2)  # of the weights, of the outputs
         self._moments = np.zeros(3)  # count, second, fourth
         self._channels = np.zeros(info.columns)
@@ -178,6 +189,8 @@ class _Sums:
                 in_outputs, cost = metric.of_rows(delta, row_weight)
                 if name == "token_embd.weight":
                     cost += _lookup_cost(fisher, rows, delta)
+                if self._keep and method == "two_sided":
+                    self.kept.setdefault(fmt.name, []).append(back)
                 found[fmt.name, method] = [float(np.square(delta, dtype=np.float64).sum()), share * in_outputs, 0.5 * cost]
             return found
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from quantkit.analysis.calibration import LinearFacts, calibrate
 from quantkit.analysis.coverage import Coverage
-from quantkit.analysis.errors import decode_after_encode, measure_errors
+from quantkit.analysis.errors import Decoded, decode_after_encode, measure_errors
 from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.imatrix import load_stats, write_imatrix
 from quantkit.analysis.moments import MomentStore, MomentWriter, OutputWriter
@@ -34,6 +34,7 @@ MOMENT_TOKENS = 32768
 SCHEME_TOKENS = 2048
 PROBE_TOKENS = 4096
 REFIT_TOKENS = 12288
+KEPT_WEIGHTS = 1 << 24  # decoded tensors of smaller models are kept for the probes: some ten copies in float32
 PROBE_WEIGHTS = 200_000_000  # larger models are not probed: one probe would take too long
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
 COMPOSITION_BPW = (2.1, 2.8, 3.5, 4.25, 5.25)
@@ -64,7 +65,7 @@ def analyze(
     """Measure what quantizing each tensor costs, and write analysis.json, imatrix.gguf and a picture.
 
     calibration: text files instead of the package's mix. imatrix: statistics to use instead of measuring
-    them. effort: 1 measures ggml's search only, 2 error feedback too. probes: measure the KL divergence of single tensors directly; None decides by the model's size.
+    them. effort: 1 measures ggml's search only, from 2 on ldlq and two_sided too. probes: measure the KL divergence of single tensors directly; None decides by the model's size.
     Raises CalibrationError for unusable text or statistics, CheckpointError for a damaged model.
     """
     progress = progress or Progress()
@@ -81,7 +82,8 @@ def analyze(
     outputs = OutputWriter(work / MOMENTS, checkpoint, windows.size) if writer is not None else None
     fisher = measure_fisher(checkpoint, windows, progress, full=outputs)
     attach_moments(stats, work)
-    tensors = measure_errors(checkpoint, stats, fisher, progress)
+    known: Decoded | None = {} if checkpoint.n_weights <= KEPT_WEIGHTS else None
+    tensors = measure_errors(checkpoint, stats, fisher, progress, known)
     for name, fact in facts.items():
         if name in tensors:
             _add_facts(tensors[name], fact)
@@ -95,7 +97,7 @@ def analyze(
         calibration={
             "texts": list(text.names), "statistics_tokens": int(text.train.size), "held_apart_tokens": int(text.dev.size),
             "window": text.window, "imatrix": imatrix.name if imatrix else None, "key": key,
-            "stamp": checkpoint.stamp, "source": checkpoint.opened.identity,
+            "files": [str(Path(path).resolve()) for path in calibration or []], "tokens": tokens, "stamp": checkpoint.stamp, "source": checkpoint.opened.identity,
         },
         tensors=tensors,
         super_weights=find_super_weights(checkpoint, facts),
@@ -103,7 +105,7 @@ def analyze(
         coverage=[entry.to_json() for entry in coverage],
     )  # fmt: skip
     if probes:
-        _probe(checkpoint, stats, sensitivity, text, progress)
+        _probe(checkpoint, stats, sensitivity, text, progress, {} if known is None else known)
     else:
         for tensor in tensors.values():
             fill_predictions(tensor)
@@ -144,9 +146,14 @@ def _spread(windows: np.ndarray, tokens: int) -> np.ndarray:
     return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))]
 
 
-def refit_windows(text: CalibrationText) -> np.ndarray:
+def probe_windows(checkpoint: Checkpoint, text: CalibrationText) -> np.ndarray:
+    """Windows that probes are measured on: as many as their logits leave room for."""
+    return _spread(text.dev, min(PROBE_TOKENS, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), text.window)))
+
+
+def refit_windows(checkpoint: Checkpoint, text: CalibrationText) -> np.ndarray:
     """Windows that neither the statistics nor the probes saw, int64 (n, window), at most REFIT_TOKENS tokens."""
-    probed = {row.tobytes() for row in _spread(text.dev, PROBE_TOKENS)}
+    probed = {row.tobytes() for row in probe_windows(checkpoint, text)}
     rest = [row for row in text.dev if row.tobytes() not in probed]
     return _spread(np.array(rest), REFIT_TOKENS) if rest else text.dev
 
@@ -157,37 +164,40 @@ def _add_facts(tensor: TensorSensitivity, fact: LinearFacts) -> None:
 
 
 def _probe(
-    checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, text: CalibrationText, progress: Progress
-) -> None:
+    checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, text: CalibrationText, progress: Progress,
+    known: Decoded,
+) -> None:  # fmt: skip
     """Measure the KL divergence of single tensors on the windows set aside, then of whole plans."""
     from quantkit.analysis.probes import ProbeModel
 
-    limit = min(PROBE_TOKENS, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), text.window))
-    model = ProbeModel(checkpoint, _spread(text.dev, limit))
+    model = ProbeModel(checkpoint, probe_windows(checkpoint, text))
     todo = [(name, fmt) for name, t in sensitivity.tensors.items() for fmt in probe_formats(checkpoint.info(name), t.formats)]
     task = progress.task("probe tensors", total=len(todo), unit="probes")
     for name, fmt in todo:
-        value = decoded(checkpoint, stats, name, fmt, sensitivity.tensors[name].formats[fmt].method)
+        key = (name, fmt, sensitivity.tensors[name].formats[fmt].method)
+        value = known[key] if key in known else decoded(checkpoint, stats, *key)
         sensitivity.tensors[name].formats[fmt].probe_kld = model.divergence({name: value})
         task.advance()
     task.done()
     for tensor in sensitivity.tensors.values():
         fill_predictions(tensor)
-    sensitivity.composition = _measure_composition(checkpoint, stats, sensitivity, model, progress)
+    sensitivity.composition = _measure_composition(checkpoint, stats, sensitivity, model, progress, known)
 
 
 def _measure_composition(
-    checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, model: Any, progress: Progress
+    checkpoint: Checkpoint, stats: ActivationStats, sensitivity: Sensitivity, model: Any, progress: Progress, known: Decoded
 ) -> tuple[float, float]:
     """How single costs add up: whole plans of several sizes, measured on the same windows."""
     predicted, measured = [], []
     task = progress.task("probe plans", total=len(COMPOSITION_BPW), unit="plans")
     for bpw in COMPOSITION_BPW:
         formats = balanced_formats(sensitivity, bpw)
-        values = {
-            name: decoded(checkpoint, stats, name, fmt, sensitivity.tensors[name].formats[fmt].method)
-            for name, fmt in formats.items()
-        }
+        values = {}
+        for name, fmt in formats.items():
+            key = (name, fmt, sensitivity.tensors[name].formats[fmt].method)
+            values[name] = known[key] if key in known else decoded(checkpoint, stats, *key)
+            if checkpoint.n_weights <= KEPT_WEIGHTS:
+                known[key] = values[name]
         predicted.append(summed_cost(sensitivity, formats))
         measured.append(model.divergence(values))
         task.advance()

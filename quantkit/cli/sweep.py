@@ -41,7 +41,6 @@ from quantkit.progress import stop_all
 @click.option("--keep", multiple=True, metavar="REGEX=FORMAT", help="As for quantkit plan.")
 @click.option("--floor", "floors", multiple=True, metavar="ROLE=FORMAT", help="As for quantkit plan.")
 @click.option("--formats", "only", multiple=True, metavar="PATTERN", help="As for quantkit plan.")
-@click.option("--floor", "floors", multiple=True, metavar="ROLE=FORMAT", help="As for quantkit plan.")
 @speed
 @common
 @guarded

@@ -230,6 +230,7 @@ def refined(
 ) -> Refined:
     """``refine`` on a calibration text, its result kept in the work directory for the next run of the same plan."""
     key = hashlib.sha256(f"{plan.to_json()} {epochs} {checkpoint.stamp} {stats.moments.key if stats.moments else ''}".encode())
+    key.update(text.train.tobytes() + text.dev.tobytes())
     path = work / f"refined-{key.hexdigest()[:16]}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as known:
         before, after = known[KLD]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,8 @@ from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.encoders.stats import ActivationStats
 from quantkit.formats import Format, get_format
-from quantkit.planning.dynamic import CostOf, data_bytes, predicted_cost
+from quantkit.planning.artifact import bits_per_weight, planned_bytes
+from quantkit.planning.dynamic import CostOf, data_bytes, predicted_cost, total_prediction
 from quantkit.planning.plan import Assignment, Plan
 from quantkit.progress import Progress
 
@@ -35,6 +35,8 @@ LOW_BPW = 4.0  # budgets below are worth swaps
 
 Values = dict[str, npt.NDArray[np.float32]]
 Solve = Callable[[CostOf], Plan]
+Allowed = Callable[[TensorInfo], set[str]]
+Step = tuple[str, str]  # tensor and format
 
 
 @dataclass
@@ -79,9 +81,13 @@ def group_of(checkpoint: Checkpoint, info: TensorInfo) -> tuple[str, int]:
 
 def refit(
     checkpoint: Checkpoint, sensitivity: Sensitivity, stats: ActivationStats, windows: npt.NDArray[np.int64], solve: Solve,
-    progress: Progress | None = None,
+    allowed: Allowed | None = None, progress: Progress | None = None,
 ) -> Refit:  # fmt: skip
-    """The best plan that the loop finds. solve: makes a plan within the budget from a cost function."""
+    """The best plan that the loop finds.
+
+    solve: makes a plan within the budget from a cost function. allowed: names of the formats that a tensor may have
+    by itself; None where tensors may not be exchanged one by one.
+    """
     judge = Judge(checkpoint, stats, windows)
     base = predicted_cost(sensitivity)
     factors: dict[tuple[str, int], float] = {}
@@ -106,8 +112,11 @@ def refit(
             break
         found.plan, found.measured = plan, measured
     task.done()
-    if found.plan.bpw < LOW_BPW:
-        _swap(checkpoint, sensitivity, judge, found, cost)
+    if found.plan.bpw < LOW_BPW and allowed is not None:
+        _swap(checkpoint, sensitivity, judge, found, _exchanges(checkpoint, sensitivity, found.plan, cost, allowed))
+        found.plan.bpw = bits_per_weight(checkpoint, found.plan)
+        found.plan.file_bytes = planned_bytes(checkpoint, found.plan, stats)
+        found.plan.predicted_kld = total_prediction(sensitivity, found.plan, checkpoint)
     return found
 
 
@@ -131,10 +140,11 @@ def _correct(checkpoint: Checkpoint, judge: Judge, found: Refit, cost: CostOf, f
             factors[key] = factors.get(key, 1.0) * math.exp(STEP * math.log(min(max(ratio, 0.25), 4.0)))
 
 
-def _swap(checkpoint: Checkpoint, sensitivity: Sensitivity, judge: Judge, found: Refit, cost: CostOf) -> None:
+def _swap(
+    checkpoint: Checkpoint, sensitivity: Sensitivity, judge: Judge, found: Refit, exchanges: list[tuple[Step, Step]]
+) -> None:
     """Measure the most promising exchanges of one step up for one step down, and keep those that help."""
-    values = judge.values(found.plan)
-    for up, down in _exchanges(checkpoint, sensitivity, found.plan, cost)[:SWAPS]:
+    for up, down in exchanges[:SWAPS]:
         touched = {up[0]: up[1], down[0]: down[1]}
         if any(found.plan.tensors[name].format == fmt for name, fmt in touched.items()):
             continue
@@ -144,21 +154,21 @@ def _swap(checkpoint: Checkpoint, sensitivity: Sensitivity, judge: Judge, found:
             trial.tensors[name] = Assignment(fmt, entry.method, "measured better in an exchange of bytes")
         if _bytes(checkpoint, trial) > _bytes(checkpoint, found.plan):
             continue
-        values = judge.values(trial)
-        measured = judge.measure(values)
+        measured = judge.measure(judge.values(trial))
         kept = measured < found.measured
         found.history.append((f"{up[0]} to {up[1]}, {down[0]} to {down[1]}", measured, kept))
         if kept:
             found.plan, found.measured = trial, measured
 
 
-def _exchanges(checkpoint: Checkpoint, sensitivity: Sensitivity, plan: Plan, cost: CostOf) -> list[tuple[Any, Any]]:
+def _exchanges(
+    checkpoint: Checkpoint, sensitivity: Sensitivity, plan: Plan, cost: CostOf, allowed: Allowed
+) -> list[tuple[Step, Step]]:
     """Pairs (tensor, finer format), (tensor, coarser format) that fit the bytes, least predicted loss first."""
     ups, downs = [], []
     for name, entry in sensitivity.tensors.items():
         info, now = checkpoint.info(name), get_format(plan.tensors[name].format)
-        ladder = sorted((get_format(f) for f in entry.formats), key=lambda f: f.bpw())
-        for fmt in ladder:
+        for fmt in (get_format(f) for f in entry.formats if f in allowed(info)):
             size = data_bytes(info, fmt) - data_bytes(info, now)
             change = cost(info, fmt) - cost(info, now)
             if size > 0 and change < 0:
