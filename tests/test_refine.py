@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -152,3 +154,15 @@ def test_the_dial_refines_and_the_next_run_reuses_it(analyzed, tmp_path, monkeyp
     monkeypatch.setattr(refine, "refine", lambda *a, **k: pytest.fail("refined again"))
     again, _ = quantkit.quantize(folder, tmp_path / "b.gguf", **given)
     assert path.read_bytes() == again.read_bytes()
+
+
+def test_what_is_not_learned_beside_it_is_as_the_plan_gives_it_back(tmp_path):
+    checkpoint = open_checkpoint(tiny.build("qwen2_moe", tmp_path / "m"))
+    plan = uniform_plan(checkpoint, "Q4_1", None)
+    name = "blk.0.ffn_up_exps.weight"
+    plan.tensors[name] = replace(plan.tensors[name], format="MXFP4")
+    packed = pipeline.encode_all(checkpoint, plan, None)
+    learning = refine.Refinement(checkpoint, plan, packed)
+    assert name not in learning.matrices
+    fused = learning._values()["model.layers.0.mlp.experts.gate_up_proj"].detach().numpy()
+    assert np.array_equal(fused[:, fused.shape[1] // 2 :], as_weights(checkpoint, plan, packed)(name))

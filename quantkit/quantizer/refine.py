@@ -109,7 +109,6 @@ class Refinement:
 
         Raises PlanError if the model is too large.
         """
-
         if checkpoint.n_weights > LARGEST:
             raise PlanError(
                 f"refining needs the model in memory four times; {checkpoint.n_weights / 1e9:.1f}B weights are too many",
@@ -118,10 +117,8 @@ class Refinement:
         self.checkpoint = checkpoint
         self._teacher = materialized_model(checkpoint)
         decoded = {name: get_format(plan.tensors[name].format).decode(rows) for name, rows in packed.items()}
-        self._fixed = materialized_model(
-            checkpoint,
-            lambda name: decoded[name].reshape(checkpoint.info(name).shape) if name in decoded else checkpoint.read(name),
-        )
+        self._decoded = {name: value.reshape(checkpoint.info(name).shape) for name, value in decoded.items()}
+        self._fixed = materialized_model(checkpoint, self._read)
         self.matrices: dict[str, _Matrix] = {}
         for name, rows in packed.items():
             fmt = get_format(plan.tensors[name].format)
@@ -149,10 +146,15 @@ class Refinement:
                 out["lm_head.weight"] = out[parameter]
         return out
 
+    def _read(self, name: str) -> npt.NDArray[np.float32]:
+        """A tensor as the plan gives it back."""
+        return self._decoded[name] if name in self._decoded else self.checkpoint.read(name)
+
     def _constant(self, name: str) -> torch.Tensor:
+        """A tensor beside a learned one in a fused parameter (experts, whose rows are in the file's order)."""
         import torch
 
-        return torch.from_numpy(self.checkpoint.read(name))  # beside a learned one in a fused parameter: no rows move there
+        return torch.from_numpy(self._read(name))
 
     def divergence(self, ids: npt.NDArray[np.int64]) -> torch.Tensor:
         """KL divergence from the original of every token of windows (n, window), differentiable: (tokens,)."""
