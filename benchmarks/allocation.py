@@ -21,7 +21,6 @@ from quantkit.analysis.probes import ProbeModel
 from quantkit.analysis.run import analyze, decoded
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.analysis.texts import load_calibration
-from quantkit.api import EPOCHS, REFINE_EFFORT
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.encoders.stats import ActivationStats
 from quantkit.evaluation.compare import compare, evaluation_windows
@@ -31,7 +30,7 @@ from quantkit.planning.policy import Policy
 from quantkit.planning.standard import uniform_plan
 from quantkit.progress import Progress
 from quantkit.quantizer.pipeline import run
-from quantkit.quantizer.refine import refined
+from quantkit.quantizer.sequential import sequential
 
 MODELS = ("qk-dense-6m", "qk-moe-11m")
 MIXES = {"Q4_K_M": 0.35, "Q3_K_M": 0.28, "Q2_K": 0.28}  # limit of the ratio to the stock mix
@@ -70,9 +69,9 @@ def make_stock(checkpoint: Checkpoint, folder: Path, mixes: Iterable[str] = tupl
 
 
 def make_dynamic(
-    checkpoint: Checkpoint, folder: Path, files: list[Path], stock: dict[str, Path], refine: bool = False
+    checkpoint: Checkpoint, folder: Path, files: list[Path], stock: dict[str, Path], follow: bool = False
 ) -> tuple[dict[str, Path], dict[str, Plan], Sensitivity, ActivationStats, dict[str, float]]:
-    """One analysis, then a plan and a file at the bytes of every stock file. refine: also one of --effort 3, ``MIX refined``."""
+    """One analysis, then a plan and a file at the bytes of every stock file. follow: also one of --effort 3, ``MIX sequential``."""
     started = time.perf_counter()
     sensitivity, stats = analyze(checkpoint, folder / "work", calibration=files, tokens=TOKENS)
     seconds = {"analyze": time.perf_counter() - started}
@@ -86,12 +85,12 @@ def make_dynamic(
         started = time.perf_counter()
         run(checkpoint, plans[mix], paths[mix], stats=stats, cache=folder / "work" / "tensors", force=True)
         seconds[f"encode at {mix}"] = time.perf_counter() - started
-        if refine:
+        if follow:
             started = time.perf_counter()
-            found = refined(checkpoint, plans[mix], stats, text, folder / "work", EPOCHS[REFINE_EFFORT], Progress())
-            paths[f"{mix} refined"] = folder / f"refined-{mix}.gguf"
-            run(checkpoint, plans[mix], paths[f"{mix} refined"], stats=stats, given=found.packed, force=True)
-            seconds[f"refine at {mix}"] = time.perf_counter() - started
+            found = sequential(checkpoint, plans[mix], stats, text, folder / "work", Progress())
+            paths[f"{mix} sequential"] = folder / f"sequential-{mix}.gguf"
+            run(checkpoint, plans[mix], paths[f"{mix} sequential"], stats=stats, given=found.given, force=True)
+            seconds[f"sequential at {mix}"] = time.perf_counter() - started
     return paths, plans, sensitivity, stats, {k: round(v, 3) for k, v in seconds.items()}
 
 
@@ -110,7 +109,7 @@ def judge(model: Path, stock: dict[str, Path], dynamic: dict[str, Path], plans: 
     rows = []
     for text, name in {**JUDGED, **LEFT_OUT}.items():
         for runtime in ("torch",) if quick or text in LEFT_OUT else ("torch", "llama"):
-            both = [path for mix in MIXES for path in (stock[mix], dynamic[mix], dynamic[f"{mix} refined"])]
+            both = [path for mix in MIXES for path in (stock[mix], dynamic[mix], dynamic[f"{mix} sequential"])]
             report = compare(model, both, [judged_file(name, both[0].parent)], runtime=runtime, limit=JUDGED_TOKENS)
             for i, mix in enumerate(MIXES):
                 a, b, c = report.candidates[3 * i : 3 * i + 3]
@@ -119,16 +118,16 @@ def judge(model: Path, stock: dict[str, Path], dynamic: dict[str, Path], plans: 
                     "model": model.name, "text": text, "runtime": runtime, "mix": mix, "tokens": report.tokens,
                     "stock_bytes": a.file_bytes, "dynamic_bytes": b.file_bytes, "stock_kld": a.divergence.mean_kld,
                     "dynamic_kld": b.divergence.mean_kld, "dynamic_kld_error": b.divergence.mean_kld_error, "ratio": ratio,
-                    "refined_kld": c.divergence.mean_kld, "refined_bytes": c.file_bytes, "refined_ratio": best,
+                    "sequential_kld": c.divergence.mean_kld, "sequential_bytes": c.file_bytes, "sequential_ratio": best,
                     "limit": MIXES[mix], "reached": best <= MIXES[mix], "predicted_kld": plans[mix].predicted_kld,
                     "stock_p999": a.divergence.p999_kld, "dynamic_p999": b.divergence.p999_kld,
-                    "refined_p999": c.divergence.p999_kld, "refined_perplexity_ratio": c.divergence.perplexity_ratio,
-                    "refined_top1": c.divergence.top1_agreement,
+                    "sequential_p999": c.divergence.p999_kld, "sequential_perplexity_ratio": c.divergence.perplexity_ratio,
+                    "sequential_top1": c.divergence.top1_agreement,
                     "stock_perplexity_ratio": a.divergence.perplexity_ratio, "dynamic_perplexity_ratio": b.divergence.perplexity_ratio,
                     "stock_top1": a.divergence.top1_agreement, "dynamic_top1": b.divergence.top1_agreement,
                 })  # fmt: skip
                 print(f"{model.name:12} {text:21} {runtime:5} {mix:7} stock {a.divergence.mean_kld:.5f} ({a.file_bytes:,} B) "
-                      f"dynamic {b.divergence.mean_kld:.5f} ({b.file_bytes:,} B) ratio {ratio:.3f}, refined {best:.3f} (limit {MIXES[mix]})", flush=True)  # fmt: skip
+                      f"dynamic {b.divergence.mean_kld:.5f} ({b.file_bytes:,} B) ratio {ratio:.3f}, sequential {best:.3f} (limit {MIXES[mix]})", flush=True)  # fmt: skip
     return rows
 
 
@@ -212,7 +211,7 @@ def main() -> None:
             folder = Path(temporary)
             files = calibration_files(folder)
             stock = make_stock(checkpoint, folder)
-            dynamic, plans, sensitivity, stats, seconds[name] = make_dynamic(checkpoint, folder, files, stock, refine=True)
+            dynamic, plans, sensitivity, stats, seconds[name] = make_dynamic(checkpoint, folder, files, stock, follow=True)
             rows += judge(model, stock, dynamic, plans, quick)
             if not quick:
                 predicted += prediction(checkpoint, sensitivity, stats, [p.stat().st_size for p in stock.values()])

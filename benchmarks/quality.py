@@ -6,9 +6,9 @@
 
 For each model and stock mix, at no more bytes than llama-quantize's file and from the same calibration text: the
 largest uniform format, then allocation alone (effort 1), error feedback (effort 2 with ``ldlq`` alone), the default
-(effort 2, ``two_sided``), ``refine`` (effort 3) and ``refit`` before it (effort 4); the default and the highest effort
-once more with head and embedding at the stock mix's types; the other quantizers of peers.py at their own bytes. From
-effort 2 on, outlier channels are moved first where that helps; a row says so (``rescaled``).
+(effort 2, ``two_sided``), ``sequential`` (effort 3), ``refine`` after it (effort 4) and ``refit`` before both (effort
+5); the highest effort once more with head and embedding at the stock mix's types; the other quantizers of peers.py at
+their own bytes. From effort 2 on, outlier channels are moved first where that helps; a row says so (``rescaled``).
 
 The judged texts are read only to judge. Code and technical text are of kinds that calibration has none of; of both the
 end is taken, because the beginning of the code is in the package's own mix, which experts that no token reached fall
@@ -65,9 +65,9 @@ DEFAULT_EFFORT = 2
 WAYS = {
     1: "effort 1: allocation alone",
     2: "effort 2: two_sided",
-    3: "effort 3: and refine",
-    4: "effort 4: and refit",
-    5: "effort 5",
+    3: "effort 3: sequential",
+    4: "effort 4: and refine",
+    5: "effort 5: and refit",
 }
 LDLQ = "effort 2, ldlq instead of two_sided"
 
@@ -181,15 +181,14 @@ def ablation_entries(bench: Bench, mix: str, size: int) -> list[Entry]:
 
 
 def kept_entries(bench: Bench, mix: str, stock: Path) -> list[Entry]:
-    """The default and the highest effort, with head and embedding at the types they have in ``stock``."""
+    """The highest effort, with head and embedding at the types they have in ``stock``."""
     tensors = open_checkpoint(stock).tensors
     keep = tuple(
         f"^{re.escape(name)}$={tensors[name].dtype}" for name in ("token_embd.weight", "output.weight") if name in tensors
     )
-    efforts = sorted({e for e in bench.given.efforts if e == DEFAULT_EFFORT} | {max(bench.given.efforts)})
-    return [
-        dynamic_entry(bench, mix, f"{WAYS[e]}; head and embedding as stock", KEPT, stock.stat().st_size, e, keep) for e in efforts
-    ]
+    effort = max(bench.given.efforts)
+    what = f"{WAYS[effort]}; head and embedding as stock"
+    return [dynamic_entry(bench, mix, what, KEPT, stock.stat().st_size, effort, keep)]
 
 
 def peer_entries(bench: Bench, mix: str) -> list[Entry]:
@@ -275,7 +274,7 @@ def arguments() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--texts", nargs="+", metavar="TEXT", help=f"of {', '.join(TEXTS)}; with --dev of {', '.join(DEV)}")
     parser.add_argument("--judges", nargs="+", default=["torch", "llama"], choices=("torch", "llama"))
-    parser.add_argument("--efforts", nargs="+", type=int, default=[1, 2, 3, 4], choices=range(1, 6), metavar="N")
+    parser.add_argument("--efforts", nargs="+", type=int, default=[1, 2, 3], choices=range(1, 6), metavar="N")
     parser.add_argument("--tokens", type=int, default=JUDGED_TOKENS, help="of each judged text")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--only-ablation", action="store_true", help="only the stock mix, uniform and the ablation")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,16 @@ from quantkit.quantizer.folder import folder_name
 from quantkit.quantizer.folder import run as write_folder
 from quantkit.quantizer.folder_plan import folder_format
 from quantkit.quantizer.manifest import Manifest
-from quantkit.quantizer.pipeline import check_output
+from quantkit.quantizer.pipeline import TENSORS, Packed, check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
 from quantkit.quantizer.refine import refined
 from quantkit.quantizer.refit import refit
+from quantkit.quantizer.sequential import sequential
 from quantkit.session import FOLDED, Options, analysis_of, text_behind, without_outliers
 
-PLAN, TENSORS = "plan.json", "tensors"
-REFINE_EFFORT, REFIT_EFFORT = 3, 4
-EPOCHS = {3: 1.0, 4: 1.0, 5: 3.0}  # passes over the calibration text that refining takes
+PLAN = "plan.json"
+SEQUENTIAL_EFFORT, REFINE_EFFORT, REFIT_EFFORT = 3, 4, 5
+EPOCHS = {4: 1.0, 5: 3.0}  # passes over the calibration text that refining takes
 SWEEP, SWEEP_PICTURE = "sweep.json", "sweep.png"
 
 
@@ -200,7 +201,7 @@ def quantize(
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
     work = work_directory(checkpoint.path, options.work)
     cache = work / TENSORS
-    given, notes = _refined(checkpoint, made, stats, work, options) if plan == "dynamic" else ({}, [])
+    given, notes = _improved(checkpoint, made, stats, work, options) if plan == "dynamic" else ({}, [])
     manifest = run_quantizer(
         checkpoint,
         made,
@@ -216,16 +217,19 @@ def quantize(
     return target.with_name(manifest.file), manifest
 
 
-def _refined(
+def _improved(
     checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, work: Path, options: Options
-) -> tuple[dict[str, Any], list[str]]:
-    """Bytes that refining changed, and what to tell about it; nothing below effort 3."""
-    if options.effort < REFINE_EFFORT or stats is None or options.imatrix is not None:
+) -> tuple[Mapping[str, Packed], list[str]]:
+    """Bytes that the whole model had a say in, and what to tell about them; nothing below effort 3."""
+    if options.effort < SEQUENTIAL_EFFORT or stats is None or options.imatrix is not None:
         return {}, []
     text = text_behind(checkpoint, options, Sensitivity.read(work / ANALYSIS).calibration)
-    found = refined(checkpoint, plan, stats, text, work, EPOCHS[options.effort], options.progress)
-    change = f"refined: KLD {found.before:.4g} → {found.after:.4g} nats/token on calibration text set apart"
-    return found.packed, [change if found.packed else "refining did not help on text set apart, nothing was changed"]
+    followed = sequential(checkpoint, plan, stats, text, work, options.progress)
+    given, notes = followed.given, [followed.note]
+    if options.effort >= REFINE_EFFORT:
+        found = refined(checkpoint, plan, stats, text, work, EPOCHS[options.effort], options.progress, given)
+        given, notes = {**given, **found.packed}, [*notes, found.note]
+    return given, notes
 
 
 def _resolve_plan(

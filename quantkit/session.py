@@ -31,8 +31,8 @@ class Options:
     calibration: text files instead of the package's mix. imatrix: statistics made elsewhere. tokens: how
     much text. probes: measure single tensors directly (None: if the model is small). work: the work
     directory (None: ./NAME.quantkit). effort: 1 uses ggml's search only; 2 rounds in
-    the metric of the model's outputs; 3 relearns scales and norms; 4 measures plans and corrects them
-    before; 5 learns three times as long. pre_tokenizer: llama.cpp's name where it cannot be recognized.
+    the metric of the model's outputs; 3 encodes tensors one after the other; 4 relearns scales and norms after
+    that; 5 measures plans and corrects them before, and learns three times as long. pre_tokenizer: llama.cpp's name where it cannot be recognized.
     """
 
     calibration: Sequence[Path] = ()

@@ -22,7 +22,7 @@ from quantkit.analysis.texts import CalibrationText, load_calibration
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import CalibrationError
 from quantkit.formats import get_format
-from quantkit.modeling.skeleton import materialized_model
+from quantkit.modeling.skeleton import materialized_model, row_order
 from quantkit.progress import Progress
 
 
@@ -55,14 +55,21 @@ def test_fisher_block_by_block_equals_the_whole_model(tiny_folder):
     captured = {}
 
     def hook(module, inputs, output):
-        output.register_hook(lambda g: captured.__setitem__("g", g.reshape(-1, g.shape[-1]).double().square().sum(0)))
+        output.register_hook(lambda g: captured.__setitem__(module, g.reshape(-1, g.shape[-1]).double().square().sum(0)))
 
-    model.model.layers[0].mlp.up_proj.register_forward_hook(hook)
+    layer = model.model.layers[0]
+    linears = {"ffn_up": layer.mlp.up_proj, "attn_q": layer.self_attn.q_proj}
+    for module in linears.values():
+        module.register_forward_hook(hook)
     embeds = model.model.embed_tokens(torch.from_numpy(ids)).requires_grad_(True)
     logp = model(inputs_embeds=embeds).logits.log_softmax(-1).reshape(-1, 4096)
     labels = torch.multinomial(logp.detach().exp(), 1, generator=torch.Generator().manual_seed(5))
     logp.gather(1, labels).sum().backward()
-    np.testing.assert_allclose(streamed.rows["blk.0.ffn_up.weight"][0], captured["g"].numpy() / ids.size, rtol=1e-3)
+    for part, module in linears.items():
+        name = f"blk.0.{part}.weight"
+        order = row_order(checkpoint, name)
+        assert (order != np.arange(len(order))).any() == (part == "attn_q")  # llama.cpp's order of rows
+        np.testing.assert_allclose(streamed.rows[name][0][order], captured[module].numpy() / ids.size, rtol=1e-3)
 
 
 def test_a_probe_leaves_the_model_as_it_was(dense):

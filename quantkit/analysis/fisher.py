@@ -19,6 +19,7 @@ import numpy.typing as npt
 from quantkit.analysis.moments import OutputWriter
 from quantkit.checkpoint import Checkpoint
 from quantkit.modeling.blocks import Blocks
+from quantkit.modeling.skeleton import row_order
 from quantkit.progress import Progress
 
 if TYPE_CHECKING:
@@ -56,9 +57,12 @@ class _Gradients:
             return
         shape = (info.experts, info.rows // info.experts)
         total = self._out.rows.setdefault(name, np.zeros(shape))
+        order = np.argsort(row_order(self._checkpoint, name))  # the module's row of each of the tensor's
+        same = bool((order == np.arange(len(order))).all())
 
         def add(gradient: torch.Tensor) -> None:
             flat = gradient.reshape(-1, shape[1])
+            flat = flat if same else flat[:, order]
             total[expert] += flat.double().square().sum(0).numpy()
             if self._full is not None:
                 self._full.add(name, expert, flat)

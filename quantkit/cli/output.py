@@ -88,7 +88,7 @@ def common(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--imatrix", type=click.Path(path_type=Path), help="Activation statistics made by quantkit or llama-imatrix."),
         click.option("--tokens", type=click.IntRange(512), default=None, help="Calibration tokens (default 65536)."),
         click.option("--probes/--no-probes", default=None, help="Measure single tensors directly (default: for models up to 200M weights)."),
-        click.option("--effort", type=click.IntRange(1, 5), default=None, help="1: ggml's search; 2 (default): rounding in the metric of the model's outputs; 3: scales and norms relearned; 4: plans measured and corrected; 5: learn longer."),
+        click.option("--effort", type=click.IntRange(1, 5), default=None, help="1: ggml's search; 2 (default): rounding in the metric of the model's outputs; 3: tensors encoded one after the other, each for what the quantized ones before it give; 4: scales and norms relearned; 5: plans measured and corrected, learn longer."),
         click.option("--work", type=click.Path(path_type=Path), help="Work directory (default ./NAME.quantkit)."),
         click.option("--pre-tokenizer", help="llama.cpp's name of the pre-tokenizer where it cannot be recognized."),
     ]  # fmt: skip

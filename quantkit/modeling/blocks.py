@@ -9,6 +9,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.checkpoint import Checkpoint
 from quantkit.modeling.skeleton import empty_model, load_parameters, parameter_value, set_parameter, tensor_names
@@ -22,6 +23,16 @@ class Observer(Protocol):
 
     def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
         """name: GGUF tensor; x: (tokens, columns) input; y: (…, rows) output, itself and no view; weight: (rows, columns)."""
+
+
+class Source(Protocol):
+    """Gives weights by GGUF tensor name, as a Checkpoint does."""
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """A whole tensor."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Rows start … stop."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +53,10 @@ class Routing:
 class Blocks:
     """Embedding, layers and head of a checkpoint, loaded when used."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, source: Source | None = None) -> None:
+        """source: gives the weights instead of the checkpoint."""
         self.checkpoint = checkpoint
+        self._source: Source = source or checkpoint
         self.model = empty_model(checkpoint)
         self.n_layers = len(self.model.model.layers)
 
@@ -53,7 +66,7 @@ class Blocks:
 
         seen, place = np.unique(ids, return_inverse=True)
         name = "token_embd.weight"
-        rows = np.concatenate([self.checkpoint.read_rows(name, int(i), int(i) + 1) for i in seen])
+        rows = np.concatenate([self._source.read_rows(name, int(i), int(i) + 1) for i in seen])
         return torch.from_numpy(rows[place.reshape(ids.shape)])
 
     @contextlib.contextmanager
@@ -68,7 +81,7 @@ class Blocks:
 
         layer = self.model.model.layers[index]
         prefix = f"model.layers.{index}."
-        load_parameters(self.checkpoint, layer, prefix)
+        load_parameters(self.checkpoint, layer, prefix, self._source.read)
         handles = observe(self.checkpoint, layer, prefix, observer) if observer else []
         handles += watch_routing(self.checkpoint, layer, prefix, routing) if routing else []
 
@@ -85,6 +98,24 @@ class Blocks:
                 handle.remove()
             layer.to("meta")
 
+    def reload(self, index: int) -> None:
+        """Read the weights of a loaded layer again."""
+        load_parameters(self.checkpoint, self.model.model.layers[index], f"model.layers.{index}.", self._source.read)
+
+    @contextlib.contextmanager
+    def watch(
+        self, index: int, observer: Observer, routing: Callable[[Routing], None], middle: Callable[[torch.Tensor], None]
+    ) -> Iterator[None]:
+        """Observe a loaded layer for a while. middle: is shown the residual stream between attention and feed-forward."""
+        layer, prefix = self.model.model.layers[index], f"model.layers.{index}."
+        handles = observe(self.checkpoint, layer, prefix, observer) + watch_routing(self.checkpoint, layer, prefix, routing)
+        handles.append(layer.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: middle(inputs[0])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def show_expert(self, index: int, expert: int, x: torch.Tensor, observer: Observer) -> None:
         """Show ``observer`` what one expert of a loaded layer makes of tokens x (tokens, width); nothing flows on."""
         layer = self.model.model.layers[index]
@@ -93,12 +124,22 @@ class Blocks:
         _run_expert(module, names, expert, x, observer.see)
 
     @contextlib.contextmanager
+    def final_norm(self) -> Iterator[Any]:
+        """The norm in front of the head."""
+        norm = self.model.model.norm
+        load_parameters(self.checkpoint, norm, "model.norm.", self._source.read)
+        try:
+            yield norm
+        finally:
+            norm.to("meta")
+
+    @contextlib.contextmanager
     def head(self, observer: Observer | None = None) -> Iterator[Any]:
         """Final norm and head; call it with hidden states (…, width) to get logits (…, vocabulary)."""
         norm, head = self.model.model.norm, self.model.lm_head
-        load_parameters(self.checkpoint, norm, "model.norm.")
+        load_parameters(self.checkpoint, norm, "model.norm.", self._source.read)
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
-        set_parameter(head, "weight", parameter_value(self.checkpoint, name, self.checkpoint.read))
+        set_parameter(head, "weight", parameter_value(self.checkpoint, name, self._source.read))
         name = "token_embd.weight" if self.checkpoint.tied else "output.weight"
         handles = [head.register_forward_hook(_linear_hook(name, observer))] if observer else []
         try:

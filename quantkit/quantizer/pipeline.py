@@ -35,6 +35,7 @@ from quantkit.quantizer.stream import in_order
 from quantkit.quantizer.tensor_cache import TensorCache
 from quantkit.versions import package_versions
 
+TENSORS = "tensors"  # folder of encoded tensors in the work directory
 SLICE_WEIGHTS = 1 << 22  # weights in one slice at most: 16 MiB of float32
 IN_FLIGHT_BYTES = 1 << 29  # memory of all slices that are being read, encoded or wait for the writer
 FLUSH_BYTES = 1 << 26  # written data that is sent to the disk while encoding goes on
@@ -56,8 +57,11 @@ class Job:
 
     def encode(self, info: TensorInfo, expert: int, start: int, stop: int) -> Packed:
         """Read and encode rows start…stop (counted over all experts) of one tensor."""
+        return self.encode_rows(self.checkpoint.read_rows(info.name, start, stop), info, expert, start)
+
+    def encode_rows(self, rows: npt.NDArray[np.float32], info: TensorInfo, expert: int, start: int) -> Packed:
+        """Encode rows of one expert, float32 (rows, columns), of which the first is row ``start`` of the tensor."""
         entry = self.plan.tensors[info.name]
-        rows = self.checkpoint.read_rows(info.name, start, stop)
         importance = None
         if self.stats is not None and info.name in self.stats.tensors:
             importance = self.stats.importance(info.name, expert)
@@ -69,7 +73,7 @@ class Job:
         moments = outputs = None
         if self.stats is not None and encoder.needs_moments:
             moments = self.stats.moments_of(info.name, expert)
-            outputs = self.stats.outputs_of(info.name, expert, first, first + stop - start) if encoder.uses_outputs else None
+            outputs = self.stats.outputs_of(info.name, expert, first, first + len(rows)) if encoder.uses_outputs else None
         return encoder.encode(
             rows, importance, get_format(entry.format), moments=moments, outputs=outputs, threads=1, name=info.name, at=at
         )
@@ -156,10 +160,12 @@ def run(
 
 
 def encode_all(
-    checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, cache: Path | None = None, progress: Progress | None = None
-) -> dict[str, Packed]:
-    """Every quantized tensor of a plan in memory: name → uint8 (rows, bytes per row)."""
-    job = Job(checkpoint, plan, stats if plan.use_importance else None, TensorCache(cache) if cache else None, default_threads())
+    checkpoint: Checkpoint, plan: Plan, stats: ActivationStats | None, cache: Path | None = None, progress: Progress | None = None,
+    given: Mapping[str, Packed] | None = None,
+) -> dict[str, Packed]:  # fmt: skip
+    """Every quantized tensor of a plan in memory: name → uint8 (rows, bytes per row). given: those known already."""
+    used = stats if plan.use_importance else None
+    job = Job(checkpoint, plan, used, TensorCache(cache) if cache else None, default_threads(), given or {})
     infos = [info for info in checkpoint.tensors.values() if get_format(plan.tensors[info.name].format).is_quantized()]
     task = (progress or Progress()).task("encode", total=sum(info.size for info in infos), unit="weights")
     calls = ((info.name, call) for info in infos for call in job.work(info))
@@ -169,12 +175,20 @@ def encode_all(
         for name, piece in in_order(pool, calls, ahead=2 * job.threads + 2):
             pieces[name].append(piece.reshape(-1))
             left[name] -= piece.nbytes
-            if job.cache is not None:
+            if job.cache is not None and name not in job.given:
                 job.cache.add(name, piece, complete=left[name] == 0)
             if left[name] == 0:
                 task.advance(checkpoint.info(name).size)
     task.done()
     return {info.name: np.concatenate(pieces[info.name]).reshape(info.rows, -1) for info in infos}
+
+
+def decode_all(checkpoint: Checkpoint, plan: Plan, packed: Mapping[str, Packed]) -> dict[str, npt.NDArray[np.float32]]:
+    """Packed tensors as they come back from the formats of a plan: float32, each in its own shape."""
+    return {
+        name: get_format(plan.tensors[name].format).decode(np.ascontiguousarray(rows)).reshape(checkpoint.info(name).shape)
+        for name, rows in packed.items()
+    }
 
 
 def check_output(checkpoint: Checkpoint, out: Path, force: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from quantkit.formats import Format, get_format
 from quantkit.modeling.skeleton import materialized_model, row_order, tensor_names
 from quantkit.planning.plan import Plan
 from quantkit.progress import Progress
-from quantkit.quantizer.pipeline import encode_all
+from quantkit.quantizer.pipeline import TENSORS, decode_all, encode_all
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +53,13 @@ class Refined:
     packed: Packed
     before: float
     after: float
+
+    @property
+    def note(self) -> str:
+        """What there is to tell about it, a sentence."""
+        if not self.packed:
+            return "refining did not help on text set apart, nothing was changed"
+        return f"refined: KLD {self.before:.4g} → {self.after:.4g} nats/token on calibration text set apart"
 
 
 class _Matrix:
@@ -116,8 +124,7 @@ class Refinement:
             )
         self.checkpoint = checkpoint
         self._teacher = materialized_model(checkpoint)
-        decoded = {name: get_format(plan.tensors[name].format).decode(rows) for name, rows in packed.items()}
-        self._decoded = {name: value.reshape(checkpoint.info(name).shape) for name, value in decoded.items()}
+        self._decoded = decode_all(checkpoint, plan, packed)
         self._fixed = materialized_model(checkpoint, self._read)
         self.matrices: dict[str, _Matrix] = {}
         for name, rows in packed.items():
@@ -229,15 +236,19 @@ def refined(
     work: Path,
     epochs: float,
     progress: Progress,
+    given: Mapping[str, npt.NDArray[np.uint8]] | None = None,
 ) -> Refined:
-    """``refine`` on a calibration text, its result kept in the work directory for the next run of the same plan."""
+    """``refine`` on a calibration text, its result kept in the work directory for the next run of the same plan.
+
+    given: bytes of tensors that are not to be encoded plainly.
+    """
     key = hashlib.sha256(f"{plan.to_json()} {epochs} {checkpoint.stamp} {stats.moments.key if stats.moments else ''}".encode())
-    key.update(text.train.tobytes() + text.dev.tobytes())
+    key.update(text.train.tobytes() + text.dev.tobytes() + " ".join(sorted(given or {})).encode())
     path = work / f"refined-{key.hexdigest()[:16]}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as known:
         before, after = known[KLD]
         return Refined({name: known[name] for name in known.files if name != KLD}, float(before), float(after))
-    packed = encode_all(checkpoint, plan, stats, work / "tensors", progress)
+    packed = encode_all(checkpoint, plan, stats, work / TENSORS, progress, given)
     apart = text.dev[:: max(1, text.dev.size // APART_TOKENS)]
     found = refine(checkpoint, plan, packed, text.train, apart, epochs, progress)
     arrays: dict[str, Any] = {KLD: np.array([found.before, found.after]), **found.packed}

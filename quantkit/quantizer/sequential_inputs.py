@@ -1,0 +1,149 @@
+"""What goes into a layer's linear maps in the original and in the quantized copy, token by token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from quantkit.checkpoint.roles import Role
+from quantkit.modeling.blocks import Blocks, Routing
+
+if TYPE_CHECKING:
+    import torch
+
+Layer = Callable[["torch.Tensor"], "torch.Tensor"]
+
+ADDED = frozenset(
+    {Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN}
+)  # what they put out joins the stream after the feed-forward
+JOINS = ADDED | {Role.ATTN_O}  # what they put out joins the residual stream
+ROUTED = frozenset({Role.EXPERT_GATE, Role.EXPERT_UP, Role.EXPERT_DOWN})
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The same tokens in both copies, in front of one tensor (or one of its experts).
+
+    original, quantized: inputs (tokens, columns). residual: what the tensor's output should make up for,
+    (tokens, rows), where it is added to the residual stream.
+    """
+
+    name: str
+    expert: int
+    original: torch.Tensor
+    quantized: torch.Tensor
+    residual: torch.Tensor | None = None
+
+
+class _EnoughError(Exception):
+    """Everything that was wanted has been seen: the rest of the layer need not run."""
+
+
+class _Seen:
+    """An Observer of one pass of a layer: inputs by tensor and expert, the routing, and the stream between its halves."""
+
+    def __init__(self, wanted: frozenset[str] = frozenset()) -> None:
+        """wanted: ends the pass when the inputs of all of these are known; none: it runs to its end."""
+        self._wanted = wanted
+        self.inputs: dict[tuple[str, int], torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}  # of maps with a single output: the shared expert's gate
+        self.routing: Routing | None = None
+        self.middle: torch.Tensor | None = None
+
+    def see(self, name: str, expert: int, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> None:
+        self.inputs[name, expert] = x
+        if len(weight) == 1:
+            self.outputs[name] = y.reshape(-1)
+        if self._wanted and self._wanted <= {name for name, _ in self.inputs}:
+            raise _EnoughError
+
+    def route(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def pass_middle(self, states: torch.Tensor) -> None:
+        self.middle = states.flatten(0, 1)
+
+    def clear(self) -> None:
+        self.__init__(self._wanted)  # type: ignore[misc]
+
+
+class Inputs:
+    """Watches a loaded layer of both copies: ``of`` runs a batch through them and gives the pairs of some tensors."""
+
+    def __init__(self, original: Blocks, quantized: Blocks, index: int, names: set[str]) -> None:
+        self._original, self._index = original, index
+        self._infos = [original.checkpoint.info(name) for name in sorted(names)]
+        routed = any(info.role in ROUTED for info in self._infos)
+        self._theirs, self._ours = (_Seen(frozenset() if routed else frozenset(names)) for _ in range(2))
+        self._watch = contextlib.ExitStack()
+        for blocks, seen in ((original, self._theirs), (quantized, self._ours)):
+            self._watch.enter_context(blocks.watch(index, seen, seen.route, seen.pass_middle))
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._watch.close()
+
+    def of(self, original: Layer, quantized: Layer, x: torch.Tensor, y: torch.Tensor) -> Iterator[Pairs]:
+        """Pairs of one batch; x and y are what goes into the layer in both copies."""
+        for layer, states in ((original, x), (quantized, y)):
+            with contextlib.suppress(_EnoughError):
+                layer(states)
+        theirs, ours = self._theirs, self._ours
+        routed = [info for info in self._infos if info.role in ROUTED]
+        for info in self._infos:
+            if info.role in ROUTED:
+                continue
+            both = theirs.inputs[info.name, 0], ours.inputs[info.name, 0]
+            residual = None
+            if info.role is Role.ATTN_O:
+                residual = (x - y).flatten(0, 1)
+            elif info.role in ADDED:
+                residual = self._missing(self._shared_gate() if info.role is Role.SHARED_DOWN else None)
+            yield Pairs(info.name, 0, *both, residual)
+        if routed:
+            yield from self._experts({info.name: info.role for info in routed})
+        theirs.clear()
+        ours.clear()
+
+    def _experts(self, roles: dict[str, Role]) -> Iterator[Pairs]:
+        """Every expert on the tokens that the quantized copy sends to it; the original's expert sees the same ones."""
+        theirs, ours = self._theirs.routing, self._ours.routing
+        assert theirs is not None and ours is not None
+        for expert in range(ours.logits.shape[1]):
+            token, slot = (ours.chosen == expert).nonzero(as_tuple=True)
+            if not len(token):
+                continue
+            seen = _Seen()
+            self._original.show_expert(self._index, expert, theirs.x[token], seen)
+            for name, role in roles.items():
+                residual = self._missing(ours.weights[token, slot], token) if role in ADDED else None
+                yield Pairs(name, expert, seen.inputs[name, expert], self._ours.inputs[name, expert], residual)
+
+    def _missing(self, gate: torch.Tensor | None, token: torch.Tensor | None = None) -> torch.Tensor:
+        """What the stream between attention and feed-forward lacks, as an output before its gate: (tokens, rows).
+
+        All that share a token's gates make up for it together, each in proportion to its gate.
+        """
+        import torch
+
+        assert self._theirs.middle is not None and self._ours.middle is not None
+        lacking = self._theirs.middle - self._ours.middle
+        if gate is None:
+            return lacking
+        routing, shared = self._ours.routing, self._shared_gate()
+        total = torch.zeros(len(lacking)) if shared is None else shared.square()
+        if routing is not None:
+            total = total + routing.weights.square().sum(1)
+        if token is not None:
+            lacking, total = lacking[token], total[token]
+        return lacking * (gate / total)[:, None]
+
+    def _shared_gate(self) -> torch.Tensor | None:
+        """With what the quantized copy multiplies the shared expert's output, (tokens,)."""
+        for logits in self._ours.outputs.values():
+            return logits.sigmoid()
+        return None
