@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from quantkit.analysis.imatrix import load_stats
 from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, refit_windows, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
@@ -21,11 +23,12 @@ from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
-from quantkit.planning.budget import Request, budget_bytes
-from quantkit.planning.dynamic import CostOf, dynamic_plan, measured_formats, total_prediction
+from quantkit.planning.budget import Request, budget_bytes, parse_size
+from quantkit.planning.dynamic import CostOf, dynamic_plan, measured_formats, pins_of, total_prediction
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
-from quantkit.planning.policy import Keep, Policy, parse_floors
+from quantkit.planning.policy import Policy
+from quantkit.planning.rules import Rules
 from quantkit.planning.speed import SpeedRequest
 from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 from quantkit.planning.sweep import STEPS, Sweep, judging_windows, make_sweep, measure_sweep, require_measurable
@@ -33,15 +36,17 @@ from quantkit.progress import Progress
 from quantkit.quantizer.folder import folder_name
 from quantkit.quantizer.folder import run as write_folder
 from quantkit.quantizer.folder_plan import folder_format
-from quantkit.quantizer.manifest import Manifest
+from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.pipeline import TENSORS, Packed, check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
-from quantkit.quantizer.refine import refined
+from quantkit.quantizer.refine import check_refinable, refined
 from quantkit.quantizer.refit import refit
+from quantkit.quantizer.repair import Repaired
+from quantkit.quantizer.repair import repair as write_repair
 from quantkit.quantizer.sequential import sequential
 from quantkit.session import FOLDED, Options, analysis_of, text_behind, without_outliers
 
-PLAN = "plan.json"
+PLAN, ADAPTER = "plan.json", "-adapter.gguf"
 SEQUENTIAL_EFFORT, REFINE_EFFORT, REFIT_EFFORT = 3, 4, 5
 EPOCHS = {4: 1.0, 5: 3.0}  # passes over the calibration text that refining takes
 SWEEP, SWEEP_PICTURE = "sweep.json", "sweep.png"
@@ -79,15 +84,11 @@ def plan(
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     checkpoint.require_unquantized()
-    return _dynamic(checkpoint, request, keep, options, only, floors, speed)[0]
+    return _dynamic(checkpoint, request, Rules(keep, only, floors, speed), options)[0]
 
 
-def _dynamic(
-    checkpoint: Checkpoint, request: Request, keep: Sequence[str], options: Options, only: Sequence[str] = (), floors: Sequence[str] = (),
-    speed: SpeedRequest | None = None,
-) -> tuple[Plan, ActivationStats]:  # fmt: skip
-    policy = Policy(keeps=[Keep.parse(text) for text in keep], patterns=tuple(only), floors=parse_floors(floors))
-    policy.check_used(checkpoint)
+def _dynamic(checkpoint: Checkpoint, request: Request, rules: Rules, options: Options) -> tuple[Plan, ActivationStats]:
+    policy, speed = rules.policy(checkpoint), rules.speed
     if request.fit is not None or request.size is not None:
         budget_bytes(request, checkpoint, None)  # what is impossible is refused before the analysis
     rates = speed.find_rates(options.progress) if speed is not None else None
@@ -96,6 +97,8 @@ def _dynamic(
     sensitivity, stats = analysis_of(checkpoint, options)
     _protect(policy, checkpoint, sensitivity)
     size, asked = budget_bytes(request, checkpoint, stats)
+    if rules.adapter_bytes:
+        size, asked = size - rules.adapter_bytes, {**asked, "adapter_bytes": rules.adapter_bytes}
 
     def solve(cost: CostOf | None = None) -> Plan:
         return dynamic_plan(
@@ -123,7 +126,7 @@ def _dynamic(
 
 def _protect(policy: Policy, checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
     """Add to the rules what the analysis and the model ask for."""
-    policy.super_weight_tensors = frozenset(w["tensor"] for w in sensitivity.super_weights)
+    policy.super_weights = pins_of(sensitivity)
     policy.tied_heads = frozenset({"token_embd.weight"} if checkpoint.tied else ())
 
 
@@ -152,8 +155,7 @@ def sweep(
     for path, given in ((drawn, picture), (written, json)):
         if given is not None:
             require_folder(path)
-    policy = Policy(keeps=[Keep.parse(rule) for rule in keep], patterns=tuple(only), floors=parse_floors(floors))
-    policy.check_used(checkpoint)
+    policy = Rules(keep, only, floors, speed).policy(checkpoint)
     if measure:
         require_measurable(checkpoint)
         windows, names = judging_windows(checkpoint, [Path(t) for t in text], options.files, options.tokens, limit)
@@ -173,21 +175,23 @@ def sweep(
 def quantize(
     model: str | Path, out: str | Path | None = None, plan: str | Plan = "dynamic", request: Request | None = None, *,
     keep: Sequence[str] = (), only: Sequence[str] = (), floors: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None,
-    container: str | None = None, speed: SpeedRequest | None = None, options: Options | None = None, **keywords: Any,
+    container: str | None = None, speed: SpeedRequest | None = None, adapter: str | None = None, options: Options | None = None, **keywords: Any,
 ) -> tuple[Path, Manifest]:  # fmt: skip
     """Write ``model`` as a quantized GGUF, or as a safetensors folder, and return its path and manifest.
 
     plan: ``dynamic``, ``standard:Q4_K_M`` (or just ``Q4_K_M``), ``uniform:Q6_K``, a Plan or the path of a
     plan.json; ``uniform:NF4_DQ`` and the like give a folder. container: ``gguf`` or ``safetensors``, for formats
-    that both have. speed: tokens per second that a dynamic plan must reach. Runs what is missing and reuses what is there. Raises a QuantkitError; then nothing is left
-    under the final name.
+    that both have. speed: tokens per second that a dynamic plan must reach. adapter: how much of the size goes to
+    a low-rank adapter beside the file (``64MB``, see :func:`repair`). Runs what is missing and reuses what is there.
+    Raises a QuantkitError; then nothing is left under the final name.
     """
     request = request or Request.of(keywords)
     options = _options(options, keywords)
+    rules = Rules(keep, only, floors, speed, parse_size(adapter) if adapter is not None else 0)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     if (fmt := folder_format(plan, container)) is not None:
-        if keep or only or floors or speed is not None or request.given or options.given:
-            hint = "leave out --bpw, --size, --fit, --like, --keep, --floor, --formats, --min-tokens-per-second, --imatrix and --calibration"
+        if rules.given or request.given or options.given:
+            hint = "leave out --bpw, --size, --fit, --like, --keep, --floor, --formats, --min-tokens-per-second, --adapter, --imatrix and --calibration"
             raise PlanError(f"--plan {plan} has its own size and rounds without activation statistics", hint=hint)
         target = Path(out or folder_name(checkpoint, fmt))
         return target, write_folder(checkpoint, fmt, target, force=force, shard_bytes=split_bytes, progress=options.progress)
@@ -195,10 +199,16 @@ def quantize(
     if out is not None:
         check_output(checkpoint, Path(out), force)
         require_folder(Path(out))
-    made, stats = _resolve_plan(checkpoint, plan, request, keep, use_importance, options, only, floors, speed)
+    if rules.adapter_bytes:
+        _check_repairable(options)
+        if split_bytes is not None:
+            raise PlanError("an adapter is made for one file, not for parts", hint="leave out --split-max-size or --adapter")
+    made, stats = _resolve_plan(checkpoint, plan, request, rules, use_importance, options)
     if made.identity not in ("", checkpoint.identity):
         checkpoint, options = without_outliers(checkpoint, options)
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
+    if rules.adapter_bytes:
+        check_output(checkpoint, _adapter_of(target), force)
     work = work_directory(checkpoint.path, options.work)
     cache = work / TENSORS
     given, notes = _improved(checkpoint, made, stats, work, options) if plan == "dynamic" else ({}, [])
@@ -214,7 +224,56 @@ def quantize(
         notes=notes,
         progress=options.progress,
     )
+    if rules.adapter_bytes:
+        assert stats is not None
+        found = write_repair(
+            checkpoint, open_checkpoint(target), stats, rules.adapter_bytes, _adapter_of(target), options.progress
+        )
+        manifest.notes.append(found.note)
+        write_text(manifest_path(target), manifest.to_json())
     return target.with_name(manifest.file), manifest
+
+
+def _adapter_of(path: Path) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.gguf')}{ADAPTER}")
+
+
+def _check_repairable(options: Options) -> None:
+    """Raise PlanError where an adapter cannot be made, or would undo what was done on purpose."""
+    if options.effort >= SEQUENTIAL_EFFORT:
+        why = "tensors encoded one after the other are off on purpose, an adapter would undo that"
+        raise PlanError(f"--adapter does not go with --effort {options.effort}: {why}", hint="use --effort 2")
+    if options.effort < 2 or options.imatrix is not None:
+        raise PlanError("an adapter needs full second moments", hint="use --effort 2 without --imatrix")
+
+
+def repair(
+    model: str | Path, quantized: str | Path, size: str, out: str | Path | None = None, *, force: bool = False,
+    options: Options | None = None, **keywords: Any,
+) -> Repaired:  # fmt: skip
+    """Write a low-rank adapter of at most ``size`` (``64MB``) for a quantized GGUF of ``model``, anybody's.
+
+    llama.cpp adds it with ``--lora``, :func:`compare` as FILE+ADAPTER. Keywords are the fields of Options. Raises
+    PlanError if the two are not the same model or the size is too small.
+    """
+    options = _options(options, keywords)
+    _check_repairable(options)
+    checkpoint, file = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer), open_checkpoint(quantized)
+    checkpoint.require_unquantized()
+    path = Path(out) if out is not None else _adapter_of(file.path)
+    check_output(checkpoint, path, force)
+    require_folder(path)
+    view, inside = without_outliers(checkpoint, options)
+    if view is not checkpoint and _apart(view, file) < _apart(checkpoint, file):
+        checkpoint, options = view, inside
+    stats = analysis_of(checkpoint, options)[1]
+    return write_repair(checkpoint, file, stats, parse_size(size), path, options.progress)
+
+
+def _apart(checkpoint: Checkpoint, other: Checkpoint) -> float:
+    """How far the vectors of two models are apart: those of a rescaled model are others."""
+    both = [info for info in checkpoint.tensors.values() if len(info.shape) == 1 and info.name in other.tensors]
+    return sum(float(np.abs(checkpoint.read(info.name) - other.read(info.name)).sum()) for info in both)
 
 
 def _improved(
@@ -223,6 +282,8 @@ def _improved(
     """Bytes that the whole model had a say in, and what to tell about them; nothing below effort 3."""
     if options.effort < SEQUENTIAL_EFFORT or stats is None or options.imatrix is not None:
         return {}, []
+    if options.effort >= REFINE_EFFORT:
+        check_refinable(checkpoint)
     text = text_behind(checkpoint, options, Sensitivity.read(work / ANALYSIS).calibration)
     followed = sequential(checkpoint, plan, stats, text, work, options.progress)
     given, notes = followed.given, [followed.note]
@@ -233,27 +294,19 @@ def _improved(
 
 
 def _resolve_plan(
-    checkpoint: Checkpoint,
-    plan: str | Plan,
-    request: Request,
-    keep: Sequence[str],
-    use_importance: bool,
-    options: Options,
-    only: Sequence[str] = (),
-    floors: Sequence[str] = (),
-    speed: SpeedRequest | None = None,
+    checkpoint: Checkpoint, plan: str | Plan, request: Request, rules: Rules, use_importance: bool, options: Options
 ) -> tuple[Plan, ActivationStats | None]:
-    if (keep or only or floors or speed is not None or request.given) and plan != "dynamic":
+    if (rules.given or request.given) and plan != "dynamic":
         raise PlanError(
             f"--plan {plan if isinstance(plan, str) else plan.name} has its own size",
-            hint="leave out --bpw, --size, --fit, --like, --keep, --floor, --formats and --min-tokens-per-second, or use --plan dynamic",
+            hint="leave out --bpw, --size, --fit, --like, --keep, --floor, --formats, --min-tokens-per-second and --adapter, or use --plan dynamic",
         )
     if isinstance(plan, Plan):
         return _given_plan(checkpoint, plan, use_importance, options)
     if plan == "dynamic":
         if not use_importance:
             raise PlanError("--no-imatrix goes with standard and uniform plans", hint="a dynamic plan is made from statistics")
-        return _dynamic(checkpoint, request, keep, options, only, floors, speed)
+        return _dynamic(checkpoint, request, rules, options)
     kind, _, name = plan.rpartition(":")
     if not kind and (name.upper() in BASE or name.upper() in ALIASES):
         kind = "standard"
@@ -367,5 +420,6 @@ __all__ = [
     "load",
     "plan",
     "quantize",
+    "repair",
     "sweep",
 ]

@@ -10,6 +10,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit.analysis import errors, pieces
 from quantkit.analysis.calibration import calibrate
 from quantkit.analysis.errors import measure_errors
 from quantkit.analysis.fisher import measure_fisher
@@ -147,3 +148,33 @@ def test_composition_recovers_a_power_law():
     x = [0.01, 0.1, 1.0]
     assert fit_composition(x, [0.5 * v**1.1 for v in x]) == pytest.approx((0.5, 1.1))
     assert fit_composition([0.1], [0.05]) == pytest.approx((0.5, 1.0))
+
+
+@pytest.mark.parametrize("model", ["dense", "moe"])
+def test_pieces_of_a_large_tensor_tell_what_all_of_it_would(model, monkeypatch):
+    """A few rows and columns: formats compare as on the whole tensor, and what they cost is about the same."""
+    checkpoint = open_checkpoint(tiny.DENSE if model == "dense" else tiny.MOE)
+    text = load_calibration(checkpoint, [tiny.EXAMPLES.parent / "text" / "tinystories.txt"], 6144)
+    stats = calibrate(checkpoint, text, Progress()).stats
+    fisher = measure_fisher(checkpoint, text.train[:6], Progress())
+    monkeypatch.setattr(errors, "offered_formats", lambda info, stats=None: [get_format(n) for n in ("Q2_K", "IQ4_XS", "Q8_0")])
+    parts = ("token_embd", "blk.1.ffn_down", "blk.1.ffn_up_exps", "blk.1.ffn_down_exps", "blk.2.ffn_gate", "blk.2.attn_q")
+    names = [f"{part}.weight" for part in parts if f"{part}.weight" in checkpoint.tensors]
+
+    def measured():
+        return {n: errors._measure_tensor(checkpoint, checkpoint.info(n), stats, fisher, None).formats for n in names}
+
+    whole = measured()
+    monkeypatch.setattr(pieces, "WHOLE_WEIGHTS", 1 << 15)
+    monkeypatch.setattr(pieces, "PIECE_ROWS", 64)
+    monkeypatch.setattr(pieces, "PIECE_COLUMNS", 256)
+    part = measured()
+    for name in names:
+        covered = list(pieces.pieces_of(checkpoint.info(name), stats))
+        shares = [(p.rows.stop - p.rows.start) * (p.columns.stop - p.columns.start) for p in covered]
+        assert sum(shares) < checkpoint.info(name).size
+        assert len({(p.expert, p.rows.start, p.columns.start) for p in covered}) == len(covered)
+        ratios = {fmt: part[name][fmt].fisher_kld / whole[name][fmt].fisher_kld for fmt in whole[name]}
+        middle = np.median(list(ratios.values()))
+        assert all(0.9 < ratio / middle < 1.1 for ratio in ratios.values()), (name, ratios)
+        assert 0.65 < middle < 1.5, (name, ratios)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,12 @@ from quantkit.analysis.texts import CalibrationText
 from quantkit.checkpoint import open_checkpoint
 from quantkit.encoders import default_method, get_encoder
 from quantkit.encoders.pins import KEPT, pin, survival
-from quantkit.errors import FormatError
+from quantkit.errors import FormatError, PlanError
 from quantkit.formats import formats, get_format
+from quantkit.planning.plan import Plan
+from quantkit.planning.standard import uniform_plan
 from quantkit.progress import Progress
+from quantkit.quantizer import pipeline
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import super_weights as bench
@@ -126,3 +131,40 @@ def test_a_planted_super_weight_collapses_and_is_rescued(tmp_path):
     lost, rescued = (judge.score({planted.tensor: fmt.decode(p)}) for p in (packed, kept))
     assert survival(weight, kept, fmt, [(planted.row, planted.column)])[0] <= KEPT
     assert rescued["kld"] < 0.5 * lost["kld"]
+
+
+def test_a_plan_with_pins_keeps_them_in_the_file(tmp_path):
+    """Through plan.json and the pipeline, in a row of any slice; without statistics, so that the search would lose it."""
+    checkpoint = open_checkpoint(tiny.DENSE)
+    name = "blk.1.ffn_down.weight"
+    weight = checkpoint.read(name)
+    least = np.unravel_index(np.abs(weight).argsort(axis=None)[weight.size // 3], weight.shape)
+    at = (int(least[0]), int(least[1]))
+    plan = uniform_plan(checkpoint, "Q3_K", None)
+    plain = pipeline.encode_all(checkpoint, plan, None, tmp_path / "cache")
+    plan.tensors[name] = replace(plan.tensors[name], pins=(at,))
+    path = tmp_path / "plan.json"
+    path.write_text(plan.to_json())
+    read = Plan.read(path)
+    assert read.tensors == plan.tensors
+    assert '"pins"' not in path.read_text().replace(f'"pins": [[{at[0]}, {at[1]}]]', "")
+    pipeline.run(checkpoint, read, tmp_path / "pinned.gguf", cache=tmp_path / "cache")
+    fmt = get_format("Q3_K")
+    back = open_checkpoint(tmp_path / "pinned.gguf").read(name)
+    before = fmt.decode(plain[name])
+    assert abs(back[at] / weight[at] - 1) <= KEPT < abs(before[at] / weight[at] - 1)
+    assert ((back != before).any(1) == (np.arange(len(back)) == at[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("pins", "words"), [([[400, 0]], "no weight 400, 0"), ([[0]], "misses or misnames"), ([["a", 1]], "pairs of row")]
+)
+def test_bad_pins_are_refused(pins, words, tmp_path):
+    checkpoint = open_checkpoint(tiny.DENSE)
+    plan = uniform_plan(checkpoint, "Q3_K", None)
+    name = "blk.1.ffn_down.weight"
+    data = json.loads(plan.to_json())
+    data["tensors"][name]["pins"] = pins
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=words):
+        Plan.read(tmp_path / "plan.json").check(checkpoint)

@@ -95,12 +95,13 @@ def test_policies_are_kept(known):
     size = sizes(known)[1]
     policy = Policy(
         keeps=[Keep.parse(r"blk\.0\.attn_v=Q8_0"), Keep.parse("attn_v=Q6_K")],
-        floors={Role.SHARED_UP: "Q5_K"}, super_weight_tensors=frozenset({"blk.1.ffn_down_shexp.weight"}), fused=True,
+        floors={Role.SHARED_UP: "Q5_K"}, super_weights={"blk.1.ffn_down_shexp.weight": ((5, 7),)}, fused=True,
     )  # fmt: skip
     plan = dynamic_plan(checkpoint, sensitivity, stats, size, policy)
     formats = {name: entry.format for name, entry in plan.tensors.items()}
     assert formats["blk.0.attn_v.weight"] == "Q8_0" or formats["blk.0.attn_q.weight"] == formats["blk.0.attn_v.weight"]
-    assert formats["blk.1.ffn_down_shexp.weight"] in ("Q6_K", "Q8_0", "F16", "BF16")
+    assert get_format(formats["blk.1.ffn_down_shexp.weight"]).bpw() >= get_format("Q4_K").bpw()
+    assert plan.tensors["blk.1.ffn_down_shexp.weight"].pins == ((5, 7),)
     assert formats["blk.0.ffn_up_shexp.weight"] not in ("Q2_K", "Q3_K", "Q4_K")
     assert formats["blk.1.ffn_gate_exps.weight"] == formats["blk.1.ffn_up_exps.weight"]
     assert any("super weight" in line for line in plan.constraints)

@@ -120,7 +120,7 @@ def test_a_model_that_is_too_large_is_refused(planned, monkeypatch):
     monkeypatch.setattr(refine, "LARGEST", 1000)
     with pytest.raises(PlanError, match="four times") as refused:
         refine.Refinement(checkpoint, plan, {})
-    assert "--effort 2" in refused.value.hint
+    assert "--effort 3" in refused.value.hint
 
 
 def test_refit_never_ends_worse_and_stays_in_its_budget(planned):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from quantkit.analysis.fisher import Fisher
+from quantkit.analysis.pieces import Piece, Shape, pieces_of
 from quantkit.analysis.predict import error_of, probe_formats
 from quantkit.analysis.sensitivity import FormatCost, TensorSensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
@@ -18,10 +18,6 @@ from quantkit.encoders.ldlq import LdlqEncoder
 from quantkit.encoders.stats import ActivationStats, Moments
 from quantkit.formats import Format, formats, get_format
 from quantkit.progress import Progress
-
-CHUNK_WEIGHTS = 1 << 21  # weights measured at a time
-SAMPLE_WEIGHTS = 1 << 23  # larger tensors are measured on a sample of their rows
-SAMPLE_PRODUCTS = 1 << 33  # and on fewer rows yet where the metric is a full matrix: weights × columns
 
 Matrix = npt.NDArray[np.float32]
 Decoded = dict[tuple[str, str, str], Matrix]  # by tensor, format and method
@@ -121,16 +117,11 @@ def _measure_tensor(
     checkpoint: Checkpoint, info: TensorInfo, stats: ActivationStats, fisher: Fisher, decoded: Decoded | None
 ) -> TensorSensitivity:
     entry = stats.tensors.get(info.name)
-    sums = _Sums(info, offered_formats(info, stats), fisher, keep=decoded is not None)
-    for expert in range(info.experts):
-        share = 1.0
-        if entry is not None and info.experts > 1:
-            share = float(entry.shares[expert])
-        for rows in _sampled_rows(info, stats):
-            first = expert * (info.rows // info.experts) + int(rows[0])
-            stride = int(rows[1] - rows[0]) if len(rows) > 1 else 1
-            weight = checkpoint.read_rows(info.name, first, first + int(rows[-1] - rows[0]) + 1)[::stride]
-            sums.add(weight, stats, share, expert, rows)
+    sums = _Sums(info, offered_formats(info, stats), stats, fisher, keep=decoded is not None)
+    shape = Shape.of(checkpoint, info)
+    for piece in pieces_of(info, stats):
+        share = float(entry.shares[piece.expert]) if entry is not None and info.experts > 1 else 1.0
+        sums.add(piece, piece.weight(checkpoint, info), share)
     if decoded is not None:
         for name, pieces in sums.kept.items():
             if sum(map(len, pieces)) == info.rows:
@@ -139,74 +130,80 @@ def _measure_tensor(
         role=info.role.value,
         layer=info.layer,
         shape=info.shape,
-        kurtosis=sums.kurtosis(),
-        outlier_channels=sums.outlier_channels(),
+        kurtosis=shape.kurtosis,
+        outlier_channels=shape.outlier_channels,
         uncovered_experts=entry.uncovered if entry else [],
         formats=sums.costs(),
     )
 
 
-def _sampled_rows(info: TensorInfo, stats: ActivationStats) -> Iterator[npt.NDArray[np.int64]]:
-    """Row numbers within an expert, a piece at a time; whole blocks where outputs tie rows together."""
-    rows, together = info.rows // info.experts, stats.output_rows(info.name)
-    sample = SAMPLE_WEIGHTS if stats.moments is None else min(SAMPLE_WEIGHTS, SAMPLE_PRODUCTS // info.columns)
-    stride = max(1, info.size // sample)
-    if together:
-        yield from (np.arange(start, start + together) for start in range(0, rows, together * stride))
-        return
-    step = max(1, CHUNK_WEIGHTS // info.columns) * stride
-    yield from (np.arange(start, min(start + step, rows))[::stride] for start in range(0, rows, step))
-
-
 class _Sums:
     """Adds up the errors of one tensor over its pieces, for every format and method."""
 
-    def __init__(self, info: TensorInfo, offered: list[type[Format]], fisher: Fisher, keep: bool = False) -> None:
-        self._info, self._offered, self._fisher, self._keep = info, offered, fisher, keep
+    def __init__(
+        self, info: TensorInfo, offered: list[type[Format]], stats: ActivationStats, fisher: Fisher, keep: bool = False
+    ) -> None:
+        self._info, self._offered, self._stats, self._fisher, self._keep = info, offered, stats, fisher, keep
         self._probed = set(probe_formats(info, [fmt.name for fmt in offered]))
-        self._errors: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # weight, activation, Fisher
+        self._errors: dict[tuple[str, str], npt.NDArray[np.float64]] = {}  # weight, activation, Fisher, lookup
         self.kept: dict[str, list[Matrix]] = {}  # what two_sided gave back, by format
         self._norms = np.zeros(2)  # of the weights, of the outputs
-        self._moments = np.zeros(3)  # count, second, fourth
-        self._channels = np.zeros(info.columns)
+        self._seen = np.zeros(3)  # weights, and mass behind the Fisher and the lookup cost, of the pieces
 
-    def add(self, weight: Matrix, stats: ActivationStats, share: float, expert: int, rows: npt.NDArray[np.int64]) -> None:
-        """One piece: float32 (rows, columns) of an expert, whose row numbers are ``rows``."""
-        name, fisher = self._info.name, self._fisher
-        importance, moments = stats.importance(name, expert), stats.moments_of(name, expert)
-        outputs = stats.outputs_of(name, expert, int(rows[0]), int(rows[-1]) + 1) if stats.output_rows(name) else None
-        metric = Metric(self._info.columns, importance, moments, outputs)
-        row_weight = fisher.rows[name][expert][rows] if name in fisher.rows else np.zeros(len(rows))
-        squares = weight.astype(np.float64) ** 2
-        self._norms += [float(squares.sum()), share * metric.of_rows(weight, row_weight)[0]]
-        self._moments += [weight.size, float(squares.sum()), float((squares**2).sum())]
-        self._channels += squares.sum(0)
+    def add(self, piece: Piece, weight: Matrix, share: float) -> None:
+        """One piece of the tensor, float32 (rows, columns). share: of the squared output that enters through its expert."""
+        info, name, stats = self._info, self._info.name, self._stats
+        importance, moments, outputs = piece.importance(info, stats), piece.moments(info, stats), piece.outputs(info, stats)
+        metric = Metric(weight.shape[1], importance, moments, outputs)
+        row_weight = self._fisher.rows[name][piece.expert][piece.rows] if name in self._fisher.rows else np.zeros(len(weight))
+        self._norms += [float(np.square(weight, dtype=np.float64).sum()), share * metric.of_rows(weight, row_weight)[0]]
+        self._seen += [weight.size, self._mass(piece), self._lookup(piece)[1]]
 
         def measure(fmt: type[Format]) -> dict[tuple[str, str], list[float]]:
             found = {}
             for method, back in ways(weight, importance, fmt, name, moments, outputs, fmt.name in self._probed).items():
                 delta = back - weight
                 in_outputs, cost = metric.of_rows(delta, row_weight)
-                if name == "token_embd.weight":
-                    cost += _lookup_cost(fisher, rows, delta)
                 if self._keep and method == "two_sided":
                     self.kept.setdefault(fmt.name, []).append(back)
-                found[fmt.name, method] = [float(np.square(delta, dtype=np.float64).sum()), share * in_outputs, 0.5 * cost]
+                squared = float(np.square(delta, dtype=np.float64).sum())
+                found[fmt.name, method] = [squared, share * in_outputs, 0.5 * cost, 0.5 * self._lookup(piece, delta)[0]]
             return found
 
         for part in map_threads(measure, self._offered):
             for key, errors in part.items():
-                self._errors[key] = self._errors.get(key, np.zeros(3)) + errors
+                self._errors[key] = self._errors.get(key, np.zeros(4)) + errors
 
-    def kurtosis(self) -> float:
-        """Fourth moment over the squared second: 3 for normal weights."""
-        count, second, fourth = self._moments
-        return float(fourth * count / max(second**2, 1e-30))
+    def _mass(self, piece: Piece) -> float:
+        """Σ of the rows' Fisher information × Σ of the columns' importance: an error of one weight's size, all over it, costs that."""
+        rows = self._fisher.rows.get(self._info.name)
+        importance = piece.importance(self._info, self._stats)
+        of_rows = piece.rows.stop - piece.rows.start if rows is None else rows[piece.expert][piece.rows].sum()
+        return float(of_rows * (piece.columns.stop - piece.columns.start if importance is None else importance.sum()))
 
-    def outlier_channels(self) -> int:
-        """Input channels whose weights are over six times the median channel's size."""
-        rms = np.sqrt(self._channels)
-        return int((rms > 6 * np.median(rms)).sum())
+    def _lookup(self, piece: Piece, delta: Matrix | None = None) -> tuple[float, float]:
+        """What errors in embedding rows that text looked up cost (a tied head comes on top), and their mass: (Σ g² δ², Σ g²)."""
+        fisher = self._fisher
+        if self._info.name != "token_embd.weight":
+            return 0.0, 0.0
+        rows = np.arange(piece.rows.start, piece.rows.stop)
+        _, ours, theirs = np.intersect1d(rows, fisher.embedding_ids, assume_unique=True, return_indices=True)
+        weight = fisher.embedding[theirs][:, piece.columns]
+        cost = 0.0 if delta is None else float((delta[ours].astype(np.float64) ** 2 * weight).sum())
+        return cost, float(weight.sum())
+
+    def _scales(self) -> tuple[float, float]:
+        """From the pieces to the whole tensor: factors of the Fisher and of the lookup cost.
+
+        Errors are alike all over a tensor; what they cost is not, and is known for all of it.
+        """
+        info = self._info
+        if self._seen[0] == info.size:
+            return 1.0, 1.0
+        rows, columns = slice(0, info.rows // info.experts), slice(0, info.columns)
+        mass = sum(self._mass(Piece(expert, rows, columns)) for expert in range(info.experts))
+        lookup = float(self._fisher.embedding.sum())
+        return mass / max(self._seen[1], 1e-300), lookup / self._seen[2] if self._seen[2] > 0 else 0.0
 
     def costs(self) -> dict[str, FormatCost]:
         """Errors relative to the tensor's own size, and Fisher's KL divergence, by the method that leaves the least.
@@ -215,11 +212,13 @@ class _Sums:
         logarithm of the error that the next best method leaves.
         """
         weights, outputs = np.maximum(self._norms, 1e-30)
-        whole = self._info.size / max(self._moments[0], 1)  # of the sample
+        by_rows, by_lookup = self._scales()
         out: dict[str, FormatCost] = {}
         gains: list[tuple[float, float]] = []
         for (name, method), e in self._errors.items():
-            cost = FormatCost(float(e[0] / weights), float(e[1] / outputs), float(e[2] * whole), method=method)
+            cost = FormatCost(
+                float(e[0] / weights), float(e[1] / outputs), float(e[2] * by_rows + e[3] * by_lookup), method=method
+            )
             best = out.get(name)
             if method == "two_sided" and best is not None and min(error_of(best), error_of(cost)) > 0:
                 gains.append((math.log(error_of(best)), math.log(error_of(cost) / error_of(best))))
@@ -233,9 +232,3 @@ class _Sums:
                     if factor < 1:
                         cost.fisher_kld, cost.method = factor * cost.fisher_kld, "two_sided"
         return out
-
-
-def _lookup_cost(fisher: Fisher, rows: npt.NDArray[np.int64], delta: Matrix) -> float:
-    """Σ of squared gradient × squared error over the embedding rows that text looked up (a tied head comes on top)."""
-    known, ours, theirs = np.intersect1d(rows, fisher.embedding_ids, assume_unique=True, return_indices=True)
-    return float((delta[ours].astype(np.float64) ** 2 * fisher.embedding[theirs]).sum()) if len(known) else 0.0

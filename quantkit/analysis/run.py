@@ -29,8 +29,9 @@ from quantkit.formats import get_format
 from quantkit.progress import Progress
 
 TOKENS = 65536
-FISHER_TOKENS = 8192  # for the rows of the outputs; their full moments take MOMENT_TOKENS
-MOMENT_TOKENS = 32768
+FISHER_TOKENS = 8192  # behind the rows of the outputs, and at most an eighth of the text: three passes each
+MOMENT_TOKENS = 32768  # behind their full moments, and at most half of the text
+FEWEST_FISHER_TOKENS = 2048
 SCHEME_TOKENS = 2048
 PROBE_TOKENS = 4096
 REFIT_TOKENS = 12288
@@ -78,7 +79,7 @@ def analyze(
     writer = MomentWriter(work / MOMENTS, checkpoint, key) if effort > 1 and imatrix is None else None
     stats, facts, coverage = _statistics(checkpoint, text, imatrix, progress, writer)
     write_imatrix(work / IMATRIX, stats)
-    windows = _spread(text.train, FISHER_TOKENS if writer is None else MOMENT_TOKENS)
+    windows = fisher_windows(text, full=writer is not None)
     outputs = OutputWriter(work / MOMENTS, checkpoint, windows.size) if writer is not None else None
     fisher = measure_fisher(checkpoint, windows, progress, full=outputs)
     attach_moments(stats, work)
@@ -144,6 +145,12 @@ def _spread(windows: np.ndarray, tokens: int) -> np.ndarray:
     """About ``tokens`` tokens of windows, spread evenly."""
     count = max(1, min(len(windows), tokens // windows.shape[1]))
     return windows[np.unique(np.linspace(0, len(windows) - 1, count).astype(int))]
+
+
+def fisher_windows(text: CalibrationText, full: bool) -> np.ndarray:
+    """Windows behind the Fisher information. full: of whole matrices at the outputs, not only of rows."""
+    most = min(MOMENT_TOKENS, text.train.size // 2) if full else min(FISHER_TOKENS, text.train.size // 8)
+    return _spread(text.train, max(FEWEST_FISHER_TOKENS, most))
 
 
 def probe_windows(checkpoint: Checkpoint, text: CalibrationText) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit.errors import CalibrationError
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass

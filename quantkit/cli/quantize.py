@@ -31,6 +31,9 @@ MIX is the short form that users of llama-quantize type: quantkit quantize MODEL
 @click.option(
     "--no-imatrix", is_flag=True, help="Do not weigh errors by activation statistics (standard and uniform plans, plan.json)."
 )
+@click.option(
+    "--adapter", metavar="SIZE", help="Leave this much of the size (64MB) to a low-rank adapter, written beside the file."
+)
 @budget
 @speed
 @common
@@ -45,6 +48,7 @@ def command(
     split_max_size: str | None,
     force: bool,
     no_imatrix: bool,
+    adapter: str | None,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -58,7 +62,7 @@ def command(
     options = make_options(values)
     path, manifest = quantize(
         model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], only=values["only"], floors=values["floors"], use_importance=not no_imatrix,
-        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, speed=make_speed(values), options=options,
+        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, speed=make_speed(values), adapter=adapter, options=options,
     )  # fmt: skip
     stop_all()
     if as_json:

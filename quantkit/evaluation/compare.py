@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from quantkit.analysis.texts import read_text
 from quantkit.checkpoint import Checkpoint, open_checkpoint, require_readable
+from quantkit.checkpoint.adapter import AdaptedCheckpoint, read_adapter
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.runners import Runner, RunnerPool
 from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
@@ -84,7 +85,7 @@ def compare(
     """
     progress = progress or Progress()
     original = open_checkpoint(reference)
-    opened = [open_checkpoint(path) for path in candidates]
+    opened = [open_candidate(path) for path in candidates]
     for path, other in zip(candidates, opened, strict=True):
         require_readable(other)
         _check_same_vocabulary(original, other, path)
@@ -119,6 +120,14 @@ def compare(
         candidates=rows,
         versions=package_versions("torch", "transformers", *(("llama-cpp-python",) if runtime == "llama" else ())),
     )
+
+
+def open_candidate(path: Path) -> Checkpoint:
+    """A model, or ``FILE+ADAPTER``: a model with a low-rank adapter added. Raises CheckpointError if they do not fit."""
+    file, sign, adapter = str(path).rpartition("+")
+    if not sign or path.exists():
+        return open_checkpoint(path)
+    return AdaptedCheckpoint(open_checkpoint(file), read_adapter(Path(adapter)))
 
 
 def _check_same_vocabulary(original: Checkpoint, other: Checkpoint, path: Path) -> None:
@@ -167,11 +176,13 @@ def _score(runner: Runner, windows: npt.NDArray[np.int64], known: list[Any], tas
 
 def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Candidate:
     data = sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
-    predicted = None
+    name, predicted = path.resolve().name, None
+    if isinstance(checkpoint, AdaptedCheckpoint):
+        name = f"{checkpoint.path.name}+{checkpoint.adapter.path.name}"
     if path.is_file() and manifest_path(path).exists():
         predicted = Manifest.read(manifest_path(path)).plan.get("predicted_kld")
     return Candidate(
-        name=path.resolve().name,
+        name=name,
         file_bytes=_bytes_of(checkpoint),
         bpw=8 * data / checkpoint.n_weights,
         divergence=divergence,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.checkpoint.adapter import AdaptedCheckpoint
 from quantkit.errors import CheckpointError, MissingDependencyError
 from quantkit.modeling.skeleton import materialized_model
 from quantkit.planning.standard import uniform_plan
@@ -51,11 +52,13 @@ class LlamaRunner:
     def __init__(self, checkpoint: Checkpoint, window: int) -> None:
         llama_cpp = _llama_cpp()
         self._stack = contextlib.ExitStack()
-        path = self._stack.enter_context(_gguf_of(checkpoint))
+        adapter = checkpoint.adapter.path if isinstance(checkpoint, AdaptedCheckpoint) else None
+        source = checkpoint.source if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
+        path = self._stack.enter_context(_gguf_of(source))
         try:
             self._model = llama_cpp.Llama(
                 str(path), n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False,
-                type_k=0, type_v=0, flash_attn=False,
+                type_k=0, type_v=0, flash_attn=False, lora_path=None if adapter is None else str(adapter),
             )  # fmt: skip
         except ValueError as error:
             raise CheckpointError(f"llama.cpp cannot load {checkpoint.path.name} ({error})", hint="try --runtime torch") from None

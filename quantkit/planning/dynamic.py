@@ -13,7 +13,7 @@ from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError
 from quantkit.formats import Format, get_format
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
-from quantkit.planning.plan import Assignment, Plan
+from quantkit.planning.plan import Assignment, Pins, Plan
 from quantkit.planning.policy import Policy
 from quantkit.planning.solver import Choice, TooSlowError, solve_knapsack
 from quantkit.planning.speed import Clock, Rates
@@ -71,6 +71,14 @@ def total_prediction(sensitivity: Sensitivity, plan: Plan, checkpoint: Checkpoin
     )
     factor, exponent = sensitivity.composition
     return factor * total**exponent
+
+
+def pins_of(sensitivity: Sensitivity) -> dict[str, Pins]:
+    """Row and column of every super weight that the analysis found, by tensor."""
+    out: dict[str, Pins] = {}
+    for found in sensitivity.super_weights:
+        out[found["tensor"]] = (*out.get(found["tensor"], ()), (found["row"], found["column"]))
+    return out
 
 
 def data_bytes(info: TensorInfo, fmt: type[Format]) -> int:
@@ -220,12 +228,13 @@ def _explain(
             why = list(words)
             if policy.kept(info) is not None:
                 why = ["kept by request", *words]
-            elif info.name in policy.super_weight_tensors:
+            elif info.name in policy.super_weights:
                 why = ["holds a super weight", *words]
             uncovered = sensitivity.tensors[info.name].uncovered_experts
             if uncovered:
                 why.append(f"experts {uncovered} were not reached by the calibration text")
-            plan.tensors[info.name] = Assignment(choice.label, _method(sensitivity, info, choice.label), "; ".join(why))
+            method, pins = _method(sensitivity, info, choice.label), policy.super_weights.get(info.name, ())
+            plan.tensors[info.name] = Assignment(choice.label, method, "; ".join(why), pins)
 
 
 def _method(sensitivity: Sensitivity, info: TensorInfo, name: str) -> str:

@@ -14,15 +14,21 @@ from quantkit.errors import PlanError, QuantkitError
 from quantkit.formats import get_format
 
 VERSION = 1
+Pins = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one tensor becomes, and why."""
+    """What one tensor becomes, and why. pins: row (counted over all experts) and column of weights that must survive."""
 
     format: str
     method: str = "ggml"
     reason: str = ""
+    pins: Pins = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in plan.json; no pins are not mentioned."""
+        return {key: value for key, value in asdict(self).items() if key != "pins" or value}
 
 
 @dataclass
@@ -48,9 +54,9 @@ class Plan:
     def to_json(self) -> str:
         """The document as text, one line per tensor so that it is easy to edit."""
         data = asdict(self)
-        tensors = data.pop("tensors")
+        data.pop("tensors")
         head = json.dumps({"quantkit_plan": VERSION, **data}, indent=1)[:-2]
-        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in tensors.items())
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry.to_json())}" for name, entry in self.tensors.items())
         return f'{head},\n "tensors": {{\n{lines}\n }}\n}}\n'
 
     @staticmethod
@@ -69,12 +75,13 @@ class Plan:
             raw = data.pop("tensors")
             tensors = {}
             for name, entry in raw.items():
-                entry = {"format": entry} if isinstance(entry, str) else entry
-                tensors[name] = Assignment(**entry)
+                entry = {"format": entry} if isinstance(entry, str) else dict(entry)
+                pins = tuple((row, column) for row, column in entry.pop("pins", ()))
+                tensors[name] = Assignment(**entry, pins=pins)
             plan = Plan(tensors=tensors, **data)
             plan._check_types()
             return plan
-        except (TypeError, KeyError, AttributeError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise PlanError(f"{path} misses or misnames a field ({error})", hint=hint) from None
 
     def _check_types(self) -> None:
@@ -85,6 +92,8 @@ class Plan:
         for tensor, entry in self.tensors.items():
             if not all(isinstance(part, str) for part in (entry.format, entry.method, entry.reason)):
                 raise TypeError(f"{tensor}: format, method and reason are words")
+            if not all(isinstance(number, int) for pin in entry.pins for number in pin):
+                raise TypeError(f"{tensor}: pins are pairs of row and column")
         if not isinstance(self.use_importance, bool) or not isinstance(self.predicted_kld, float | int | None):
             raise TypeError("use_importance is true or false, predicted_kld a number or null")
 
@@ -127,5 +136,8 @@ class Plan:
                 raise PlanError(f"plan, {info.name}: {error.what}", hint=error.hint or hint) from None
             if not encoder.writes(fmt):
                 raise PlanError(f"plan, {info.name}: method {entry.method} does not write {fmt.name}", hint=hint)
+            for row, column in entry.pins:
+                if not (0 <= row < info.rows and 0 <= column < info.columns):
+                    raise PlanError(f"plan, {info.name}: there is no weight {row}, {column} to pin", hint=hint)
             if fmt.is_quantized() and not info.quantizable:
                 raise PlanError(f"plan, {info.name}: llama.cpp does not read this tensor as {fmt.name}", hint="use F32")

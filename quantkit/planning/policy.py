@@ -7,7 +7,7 @@ floors for roles, formats kept by request.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
@@ -15,6 +15,7 @@ from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.roles import ATTENTION_ROLES, SHARED_ROLES, Role
 from quantkit.errors import PlanError
 from quantkit.formats import Format, formats, get_format
+from quantkit.planning.plan import Pins
 
 # Lowest format a role may get. Super weights are handled by their tensors.
 FLOORS: dict[Role, str] = {
@@ -23,7 +24,7 @@ FLOORS: dict[Role, str] = {
     Role.EMBEDDING: "Q2_K",
     Role.HEAD: "Q3_K",
 }
-SUPER_WEIGHT_FLOOR = "Q6_K"
+SUPER_WEIGHT_FLOOR = "Q4_K"  # their blocks are fitted so that they survive (encoders/pins.py)
 FLOOR_GROUPS: dict[str, frozenset[Role]] = {  # what --floor may name besides single roles
     "attention": ATTENTION_ROLES,
     "shared": SHARED_ROLES,
@@ -103,7 +104,7 @@ class Policy:
 
     keeps: list[Keep] = field(default_factory=list)
     floors: dict[Role, str] = field(default_factory=lambda: dict(FLOORS))
-    super_weight_tensors: frozenset[str] = frozenset()
+    super_weights: Mapping[str, Pins] = field(default_factory=dict)  # by tensor; they survive exactly
     tied_heads: frozenset[str] = frozenset()  # an embedding that is the head too keeps the head's floor
     patterns: tuple[str, ...] = ()  # names of formats that may be used (shell patterns); empty: all
     fused: bool = False  # the target runtime fuses q/k/v and gate/up: they share a format
@@ -113,7 +114,10 @@ class Policy:
         out = [*self._describe_floors(), ROUTER_RULE]
         if self.tied_heads and Role.HEAD in self.floors:
             out.append(f"the embedding is the head too: at least {self.floors[Role.HEAD]}")
-        out += [f"{name} at least {SUPER_WEIGHT_FLOOR}: holds a super weight" for name in sorted(self.super_weight_tensors)]
+        out += [
+            f"{name} at least {SUPER_WEIGHT_FLOOR}: holds {'a super weight' if len(pins) == 1 else f'{len(pins)} super weights'}, kept as exactly as blocks allow"
+            for name, pins in sorted(self.super_weights.items())
+        ]
         if self.patterns:
             out.append(f"only formats like {', '.join(self.patterns)} and the unquantized ones")
         out += [f"names matching {keep.pattern!r} are {keep.format.name}" for keep in self.keeps]
@@ -144,7 +148,7 @@ class Policy:
             return [asked]
         roles = [info.role, Role.HEAD] if info.name in self.tied_heads else [info.role]
         least = max((get_format(self.floors[role]).bpw() for role in roles if role in self.floors), default=0.0)
-        if info.name in self.super_weight_tensors:
+        if info.name in self.super_weights:
             least = max(least, get_format(SUPER_WEIGHT_FLOOR).bpw())
         if self.patterns:
             offered = [fmt for fmt in offered if not fmt.is_quantized() or self._named(fmt)]

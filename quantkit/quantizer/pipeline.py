@@ -24,6 +24,7 @@ from quantkit.checkpoint.files import refuse_existing, write_text
 from quantkit.checkpoint.gguf_writer import GgufWriter, TensorSpec, file_bytes, header_bytes, write_gguf
 from quantkit.encoders import get_encoder
 from quantkit.encoders.base import default_threads
+from quantkit.encoders.pins import pin
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import OutputError, PlanError
 from quantkit.formats import get_format
@@ -74,9 +75,10 @@ class Job:
         if self.stats is not None and encoder.needs_moments:
             moments = self.stats.moments_of(info.name, expert)
             outputs = self.stats.outputs_of(info.name, expert, first, first + len(rows)) if encoder.uses_outputs else None
-        return encoder.encode(
-            rows, importance, get_format(entry.format), moments=moments, outputs=outputs, threads=1, name=info.name, at=at
-        )
+        fmt = get_format(entry.format)
+        packed = encoder.encode(rows, importance, fmt, moments=moments, outputs=outputs, threads=1, name=info.name, at=at)
+        pins = [(row - start, column) for row, column in entry.pins if start <= row < start + len(rows)]
+        return pin(rows, packed, fmt, importance, pins, info.name) if pins else packed
 
     def slices(self, info: TensorInfo) -> Iterator[tuple[int, int, int]]:
         """(expert, first row, end row) in order; small enough that every thread has work."""

@@ -109,6 +109,15 @@ def _minimums(numbers: Parameters) -> npt.NDArray[np.float32]:
     return np.repeat(by_group, numbers.group, axis=1)
 
 
+def check_refinable(checkpoint: Checkpoint) -> None:
+    """Raise PlanError if a model is too large to be refined."""
+    if checkpoint.n_weights > LARGEST:
+        raise PlanError(
+            f"refining needs the model in memory four times; {checkpoint.n_weights / 1e9:.1f}B weights are too many",
+            hint="use --effort 3",
+        )
+
+
 class Refinement:
     """A model whose quantized tensors follow what is learned, beside the original."""
 
@@ -117,11 +126,7 @@ class Refinement:
 
         Raises PlanError if the model is too large.
         """
-        if checkpoint.n_weights > LARGEST:
-            raise PlanError(
-                f"refining needs the model in memory four times; {checkpoint.n_weights / 1e9:.1f}B weights are too many",
-                hint="use --effort 2",
-            )
+        check_refinable(checkpoint)
         self.checkpoint = checkpoint
         self._teacher = materialized_model(checkpoint)
         self._decoded = decode_all(checkpoint, plan, packed)
@@ -243,7 +248,9 @@ def refined(
     given: bytes of tensors that are not to be encoded plainly.
     """
     key = hashlib.sha256(f"{plan.to_json()} {epochs} {checkpoint.stamp} {stats.moments.key if stats.moments else ''}".encode())
-    key.update(text.train.tobytes() + text.dev.tobytes() + " ".join(sorted(given or {})).encode())
+    key.update(text.train.tobytes() + text.dev.tobytes())
+    for name in sorted(given or {}):
+        key.update(name.encode() + given[name].tobytes())  # type: ignore[index]
     path = work / f"refined-{key.hexdigest()[:16]}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as known:
         before, after = known[KLD]

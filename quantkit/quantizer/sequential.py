@@ -17,6 +17,7 @@ Memory: one decoder layer of each copy, the hidden states of the text for both, 
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1  # raised when the bytes for the same input change
+KEPT = 4  # folders of finished tensors in a work directory
 BATCH = 4  # windows that run together
 STAGES = (
     frozenset({Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V}),
@@ -57,27 +59,35 @@ class Folder(Mapping[str, Packed]):
     """Finished tensors on disk, uint8 (rows, bytes per row) by name; a run that was stopped goes on from them."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        path.touch()
 
     def __getitem__(self, name: str) -> Packed:
         try:
-            return np.load(self._path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            return np.load(self.path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError):
             raise KeyError(name) from None
 
     def __iter__(self) -> Iterator[str]:
-        return (path.name.removesuffix(".npy") for path in sorted(self._path.glob("*.npy")))
+        return (path.name.removesuffix(".npy") for path in sorted(self.path.glob("*.npy")))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def put(self, name: str, packed: Packed) -> None:
         """Keep a tensor; it appears under its name only when it is complete."""
-        part = self._path / f"{name}.part"
+        part = self.path / f"{name}.part"
         with open(part, "wb") as file:
             np.save(file, packed, allow_pickle=False)
-        part.replace(self._path / f"{name}.npy")
+        part.replace(self.path / f"{name}.npy")
+
+
+def _prune(work: Path, used: Path) -> None:
+    """Delete all but the newest folders of other plans. Losing them costs time only."""
+    others = sorted((p for p in work.glob("sequential-*") if p != used), key=lambda path: path.stat().st_mtime)
+    for path in others[: 1 - KEPT]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class _View:
@@ -122,8 +132,10 @@ def sequential(
 ) -> Sequential:
     """Encode the tensors of ``plan`` one after the other; what was finished by an earlier run of the same is reused."""
     moments = stats.moments.key if stats.moments is not None else ""
-    key = hashlib.sha256(f"{VERSION} {plan.to_json()} {checkpoint.stamp} {moments}".encode() + text.train.tobytes())
+    asked = [(name, entry.format, entry.method, entry.pins) for name, entry in sorted(plan.tensors.items())]
+    key = hashlib.sha256(f"{VERSION} {asked} {checkpoint.identity} {checkpoint.stamp} {moments}".encode() + text.train.tobytes())
     done = Folder(work / f"sequential-{key.hexdigest()[:16]}")
+    _prune(work, done.path)
     Sequence(checkpoint, plan, stats, text.train, done, progress).run()
     if checkpoint.n_weights > PROBE_WEIGHTS:
         return Sequential(done)

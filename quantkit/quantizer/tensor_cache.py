@@ -37,6 +37,8 @@ def cache_key(
     digest = hashlib.sha256(
         f"{checkpoint.identity} {checkpoint.stamp} {info.name} {entry.format} {entry.method} {version}".encode()
     )
+    if entry.pins:
+        digest.update(str(entry.pins).encode())
     if encoder.needs_moments and stats is not None and stats.moments is not None:
         digest.update(stats.moments.key.encode())
     known = stats.tensors.get(info.name) if stats else None

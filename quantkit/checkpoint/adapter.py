@@ -1,0 +1,140 @@
+"""Low-rank adapters as llama.cpp reads them, and a model with one added.
+
+Specification: ``llama_adapter_lora_init_impl`` in llama.cpp, src/llama-adapter.cpp: ``general.type`` adapter,
+``adapter.type`` lora, for each tensor NAME two of them, NAME.lora_a (rank, columns) and NAME.lora_b (rows, rank). Their
+product is added with the factor alpha ÷ rank, or 1 where alpha is 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint.gguf_reader import GgufFile
+from quantkit.checkpoint.gguf_writer import TensorSpec, file_bytes, write_gguf
+from quantkit.checkpoint.source import Checkpoint
+from quantkit.errors import CheckpointError
+from quantkit.formats import get_format
+from quantkit.versions import DISTRIBUTION, package_versions
+
+A, B = ".lora_a", ".lora_b"
+Matrix = npt.NDArray[np.float32]
+Pair = tuple[Matrix, Matrix]  # (rank, columns), (rows, rank)
+
+
+def adapter_metadata(architecture: str) -> gv.Metadata:
+    """Metadata of an adapter whose pairs are added as they are."""
+    return {
+        "general.type": gv.string("adapter"), "general.architecture": gv.string(architecture), "adapter.type": gv.string("lora"),
+        "adapter.lora.alpha": gv.f32(0.0), "quantkit.version": gv.string(package_versions().get(DISTRIBUTION, "0")),
+    }  # fmt: skip
+
+
+def adapter_specs(shapes: dict[str, tuple[int, int, int]]) -> list[TensorSpec]:
+    """Tensors of the file, in F16. shapes: rows, rank and columns by tensor name."""
+    half = get_format("F16")
+    out = []
+    for name, (rows, rank, columns) in shapes.items():
+        out += [TensorSpec(name + A, (rank, columns), half), TensorSpec(name + B, (rows, rank), half)]
+    return out
+
+
+def adapter_bytes(architecture: str, shapes: dict[str, tuple[int, int, int]]) -> int:
+    """Exact size of the file."""
+    return file_bytes(adapter_metadata(architecture), adapter_specs(shapes))
+
+
+def write_adapter(path: Path, architecture: str, pairs: dict[str, Pair]) -> None:
+    """Write pairs by tensor name as an adapter in F16; it appears under its name when it is complete."""
+    shapes = {name: (len(b), len(a), a.shape[1]) for name, (a, b) in pairs.items()}
+    with write_gguf(path, adapter_metadata(architecture), adapter_specs(shapes)) as writer:
+        for name, (a, b) in pairs.items():
+            for end, part in ((A, a), (B, b)):
+                writer.write(name + end, np.ascontiguousarray(part, "<f2").view(np.uint8))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """pairs: (rank, columns) and (rows, rank) by tensor name, the factor already in the second."""
+
+    path: Path
+    architecture: str
+    pairs: dict[str, Pair]
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Raises CheckpointError if the file is no adapter of this kind or a half of a pair is missing."""
+    file = GgufFile(path)
+    values = gv.plain(file.metadata)
+    if values.get("general.type") != "adapter" or values.get("adapter.type") != "lora":
+        raise CheckpointError(f"{path.name} is no LoRA adapter", hint="give FILE+ADAPTER, the model's file first")
+    alpha = float(values.get("adapter.lora.alpha", 0.0))
+    pairs: dict[str, Pair] = {}
+    for name, entry in file.entries.items():
+        stem, other = name.removesuffix(A), name.removesuffix(A) + B
+        if name.endswith(B) and name.removesuffix(B) + A in file.entries:
+            continue
+        if not name.endswith(A) or other not in file.entries or len(entry.shape) != 2:
+            raise CheckpointError(f"{path.name}: {name} belongs to no pair", hint="only pairs of matrices can be added")
+        a, b = (file.read_rows(half, 0, file.entries[half].shape[0]) for half in (name, other))
+        if b.shape[1:] != a.shape[:1]:
+            raise CheckpointError(f"{path.name}: {name} and {other} do not fit together", hint="make the adapter again")
+        pairs[stem] = (a, b * np.float32(alpha / len(a) if alpha else 1.0))
+    return Adapter(path, str(values.get("general.architecture")), pairs)
+
+
+class AdaptedCheckpoint(Checkpoint):
+    """A view of ``source`` with the products of an adapter added."""
+
+    def __init__(self, source: Checkpoint, adapter: Adapter) -> None:
+        """Raises CheckpointError if the adapter is for another model."""
+        for name, (a, b) in adapter.pairs.items():
+            shape = source.tensors[name].shape if name in source.tensors else None
+            if shape != (len(b), a.shape[1]) or adapter.architecture != source.family.arch:
+                raise CheckpointError(
+                    f"{adapter.path.name} does not fit {source.path.name}: {name} is {shape or 'missing'}, the adapter wants {(len(b), a.shape[1])}",
+                    hint="an adapter belongs to the file for which it was made",
+                )
+        self.source, self.adapter = source, adapter
+        self.path, self.family, self.config, self.tensors = source.path, source.family, source.config, source.tensors
+        self.plain_types = source.plain_types  # type: ignore[misc]
+
+    @property
+    def opened(self) -> Checkpoint:
+        return self.source.opened
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return [*self.source.weight_files, self.adapter.path]
+
+    @cached_property
+    def identity(self) -> str:
+        """Another one than the source's: the weights differ."""
+        digest = hashlib.sha256(self.source.identity.encode())
+        for name, (a, b) in self.adapter.pairs.items():
+            digest.update(name.encode() + a.tobytes() + b.tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def stamp(self) -> str:
+        return hashlib.sha256(f"{self.source.stamp} {self.identity}".encode()).hexdigest()[:16]
+
+    def metadata(self) -> gv.Metadata:
+        return self.source.metadata()
+
+    def nbytes(self, name: str) -> int:
+        pair = self.adapter.pairs.get(name)
+        return self.source.nbytes(name) + (0 if pair is None else 2 * (pair[0].size + pair[1].size))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Matrix:
+        rows = self.source.read_rows(name, start, stop)
+        if name not in self.adapter.pairs:
+            return rows
+        a, b = self.adapter.pairs[name]
+        return rows + b[start:stop] @ a
