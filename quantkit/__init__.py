@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from quantkit.api import analyze, compare, load, plan, quantize, repair, sweep
+    from quantkit.api import analyze, compare, load, plan, quantize
 
-__all__ = ["analyze", "compare", "load", "plan", "quantize", "repair", "sweep"]
+__all__ = ["analyze", "compare", "load", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import quantkit
+from quantkit.api import repair
 from quantkit.checkpoint import open_checkpoint
 from quantkit.checkpoint.adapter import (
     AdaptedCheckpoint,
@@ -124,7 +125,7 @@ def quantized(analyzed, tmp_path_factory):
 
 def test_an_adapter_brings_anybodys_file_closer_in_both_runtimes(quantized):
     folder, path, options = quantized
-    found = quantkit.repair(folder, path, "100KB", **options)
+    found = repair(folder, path, "100KB", **options)
     assert found.path == path.with_name("q3-adapter.gguf")
     assert 90_000 < found.file_bytes == found.path.stat().st_size <= 100_000
     assert not any("embd" in name or "exps" in name for name in found.ranks)
@@ -157,13 +158,13 @@ def test_an_option_of_quantize_stays_within_the_budget(quantized, tmp_path):
 def test_what_cannot_be_repaired_says_why(quantized, tmp_path, tiny_folder):
     folder, path, options = quantized
     with pytest.raises(PlanError, match="not even one rank"):
-        quantkit.repair(folder, path, "500B", tmp_path / "x.gguf", **options)
+        repair(folder, path, "500B", tmp_path / "x.gguf", **options)
     other = tiny_folder("qwen2_moe")
     file = tmp_path / "deep" / "other.gguf"
     file.parent.mkdir()
     pipeline.run(open_checkpoint(other), uniform_plan(open_checkpoint(other), "Q4_0", None), file)
     with pytest.raises(PlanError, match="not the same model"):
-        quantkit.repair(folder, file, "50KB", tmp_path / "x.gguf", **options)
+        repair(folder, file, "50KB", tmp_path / "x.gguf", **options)
     with pytest.raises(PlanError, match="effort 3"):
         quantkit.quantize(folder, tmp_path / "y.gguf", adapter="50KB", effort=3, **options)
     with pytest.raises(PlanError, match="its own size"):
