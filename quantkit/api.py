@@ -8,30 +8,25 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantkit.analysis.imatrix import load_stats
-from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, refit_windows, work_directory
+from quantkit.analysis.run import ANALYSIS, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
-from quantkit.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
-from quantkit.planning.artifact import bits_per_weight, planned_bytes
-from quantkit.planning.budget import Request, budget_bytes, parse_size
-from quantkit.planning.dynamic import CostOf, dynamic_plan, measured_formats, pins_of, total_prediction
+from quantkit.planning.budget import Request, parse_size
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
-from quantkit.planning.policy import Policy
 from quantkit.planning.rules import Rules
 from quantkit.planning.speed import SpeedRequest
-from quantkit.planning.standard import ALIASES, BASE, standard_plan, uniform_plan
 from quantkit.planning.sweep import STEPS, Sweep, judging_windows, make_sweep, measure_sweep, require_measurable
+from quantkit.plans import PLAN, make_dynamic, protect, resolve_plan
 from quantkit.progress import Progress
 from quantkit.quantizer.folder import folder_name
 from quantkit.quantizer.folder import run as write_folder
@@ -40,14 +35,13 @@ from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.pipeline import TENSORS, Packed, check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
 from quantkit.quantizer.refine import check_refinable, refined
-from quantkit.quantizer.refit import refit
 from quantkit.quantizer.repair import Repaired
 from quantkit.quantizer.repair import repair as write_repair
 from quantkit.quantizer.sequential import sequential
 from quantkit.session import FOLDED, Options, analysis_of, text_behind, without_outliers
 
-PLAN, ADAPTER = "plan.json", "-adapter.gguf"
-SEQUENTIAL_EFFORT, REFINE_EFFORT, REFIT_EFFORT = 3, 4, 5
+ADAPTER = "-adapter.gguf"
+SEQUENTIAL_EFFORT, REFINE_EFFORT = 3, 4  # from 5 on plans are refitted, see plans.py
 EPOCHS = {4: 1.0, 5: 3.0}  # passes over the calibration text that refining takes
 SWEEP, SWEEP_PICTURE = "sweep.json", "sweep.png"
 
@@ -84,50 +78,7 @@ def plan(
     options = _options(options, keywords)
     checkpoint = open_checkpoint(model, pre_tokenizer=options.pre_tokenizer)
     checkpoint.require_unquantized()
-    return _dynamic(checkpoint, request, Rules(keep, only, floors, speed), options)[0]
-
-
-def _dynamic(checkpoint: Checkpoint, request: Request, rules: Rules, options: Options) -> tuple[Plan, ActivationStats]:
-    policy, speed = rules.policy(checkpoint), rules.speed
-    if request.fit is not None or request.size is not None:
-        budget_bytes(request, checkpoint, None)  # what is impossible is refused before the analysis
-    rates = speed.find_rates(options.progress) if speed is not None else None
-    work = work_directory(checkpoint.path, options.work)
-    checkpoint, options = without_outliers(checkpoint, options)
-    sensitivity, stats = analysis_of(checkpoint, options)
-    _protect(policy, checkpoint, sensitivity)
-    size, asked = budget_bytes(request, checkpoint, stats)
-    if rules.adapter_bytes:
-        size, asked = size - rules.adapter_bytes, {**asked, "adapter_bytes": rules.adapter_bytes}
-
-    def solve(cost: CostOf | None = None) -> Plan:
-        return dynamic_plan(
-            checkpoint, sensitivity, stats, size, policy, budget={**asked, "budget_bytes": size}, rates=rates,
-            least_speed=speed.least if speed is not None else None, cost=cost,
-        )  # fmt: skip
-
-    made = solve()
-    if options.effort >= REFIT_EFFORT and sensitivity.estimator == "probes":
-        windows = refit_windows(checkpoint, text_behind(checkpoint, options, sensitivity.calibration))
-
-        def allowed(info: TensorInfo) -> set[str]:
-            return {fmt.name for fmt in policy.allowed(info, measured_formats(sensitivity, info))}
-
-        free = None if speed is not None or policy.fused else allowed
-        found = refit(checkpoint, sensitivity, stats, windows, solve, free, options.progress)
-        made = found.plan
-        made.budget["measured_kld"] = found.measured
-        made.constraints += [
-            f"{what}: measured KLD {kld:.4g} nats/token{'' if kept else ', not kept'}" for what, kld, kept in found.history
-        ]
-    write_text(work / PLAN, made.to_json())
-    return made, stats
-
-
-def _protect(policy: Policy, checkpoint: Checkpoint, sensitivity: Sensitivity) -> None:
-    """Add to the rules what the analysis and the model ask for."""
-    policy.super_weights = pins_of(sensitivity)
-    policy.tied_heads = frozenset({"token_embd.weight"} if checkpoint.tied else ())
+    return make_dynamic(checkpoint, request, Rules(keep, only, floors, speed), options)[0]
 
 
 def sweep(
@@ -162,7 +113,7 @@ def sweep(
     rates = speed.find_rates(options.progress) if speed is not None else None
     checkpoint, options = without_outliers(checkpoint, options)
     sensitivity, stats = analysis_of(checkpoint, options)
-    _protect(policy, checkpoint, sensitivity)
+    protect(policy, checkpoint, sensitivity)
     least = speed.least if speed is not None else None
     found = make_sweep(checkpoint, sensitivity, stats, policy, start, stop, steps, rates=rates, least_speed=least)
     if measure:
@@ -203,7 +154,7 @@ def quantize(
         _check_repairable(options)
         if split_bytes is not None:
             raise PlanError("an adapter is made for one file, not for parts", hint="leave out --split-max-size or --adapter")
-    made, stats = _resolve_plan(checkpoint, plan, request, rules, use_importance, options)
+    made, stats = resolve_plan(checkpoint, plan, request, rules, use_importance, options)
     if made.identity not in ("", checkpoint.identity):
         checkpoint, options = without_outliers(checkpoint, options)
     target = Path(out) if out is not None else Path(artifact_name(checkpoint, made))
@@ -293,71 +244,6 @@ def _improved(
     return given, notes
 
 
-def _resolve_plan(
-    checkpoint: Checkpoint, plan: str | Plan, request: Request, rules: Rules, use_importance: bool, options: Options
-) -> tuple[Plan, ActivationStats | None]:
-    if (rules.given or request.given) and plan != "dynamic":
-        raise PlanError(
-            f"--plan {plan if isinstance(plan, str) else plan.name} has its own size",
-            hint="leave out --bpw, --size, --fit, --like, --keep, --floor, --formats, --min-tokens-per-second and --adapter, or use --plan dynamic",
-        )
-    if isinstance(plan, Plan):
-        return _given_plan(checkpoint, plan, use_importance, options)
-    if plan == "dynamic":
-        if not use_importance:
-            raise PlanError("--no-imatrix goes with standard and uniform plans", hint="a dynamic plan is made from statistics")
-        return _dynamic(checkpoint, request, rules, options)
-    kind, _, name = plan.rpartition(":")
-    if not kind and (name.upper() in BASE or name.upper() in ALIASES):
-        kind = "standard"
-    if kind not in ("standard", "uniform"):
-        if not Path(plan).exists():
-            raise PlanError(f"unknown plan {plan!r}", hint="dynamic, standard:Q4_K_M, uniform:Q6_K or the path of a plan.json")
-        return _given_plan(checkpoint, Plan.read(Path(plan)), use_importance, options)
-    stats = _stats_at_hand(checkpoint, options) if use_importance else None
-    maker = standard_plan if kind == "standard" else uniform_plan
-    return maker(checkpoint, name, stats, stats is not None), stats
-
-
-def _given_plan(
-    checkpoint: Checkpoint, plan: Plan, use_importance: bool, options: Options
-) -> tuple[Plan, ActivationStats | None]:
-    """A plan that was read or handed over: checked, with its numbers made anew, since it may have been edited."""
-    if plan.identity not in ("", checkpoint.identity):
-        checkpoint, options = without_outliers(checkpoint, options)
-    plan.check(checkpoint)
-    plan = replace(plan, use_importance=plan.use_importance and use_importance)
-    stats = _stats_at_hand(checkpoint, options) if plan.use_importance else None
-    if plan.use_importance and stats is None:
-        raise PlanError(
-            "the plan wants activation statistics and there are none", hint="give --imatrix or --calibration, or --no-imatrix"
-        )
-    plan.bpw, plan.file_bytes = bits_per_weight(checkpoint, plan), planned_bytes(checkpoint, plan, stats)
-    path = work_directory(checkpoint.path, options.work) / ANALYSIS
-    plan.predicted_kld = None
-    if path.exists() and plan.use_importance:
-        with contextlib.suppress(QuantkitError):  # only the prediction needs it
-            sensitivity = Sensitivity.read(path)
-            if sensitivity.identity != checkpoint.identity:
-                return plan, stats
-            plan.predicted_kld = total_prediction(sensitivity, plan, checkpoint)
-    return plan, stats
-
-
-def _stats_at_hand(checkpoint: Checkpoint, options: Options) -> ActivationStats | None:
-    """Statistics that the user gave or an earlier analysis left; None where there are none."""
-    if options.imatrix is not None:
-        return load_stats(options.imatrix, checkpoint)
-    if options.calibration:
-        return analysis_of(checkpoint, options)[1]
-    work = work_directory(checkpoint.path, options.work)
-    if not (work / IMATRIX).exists():
-        return None
-    stats = load_stats(work / IMATRIX, checkpoint)
-    attach_moments(stats, work)
-    return stats
-
-
 def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
     """File name by llama.cpp's convention: model, our plan, then a label that the Hub recognizes."""
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", checkpoint.path.resolve().name.removesuffix(".gguf"))
@@ -410,6 +296,7 @@ def load(path: str | Path) -> Any:
 
 
 __all__ = [
+    "PLAN",
     "Options",
     "Request",
     "Run",

@@ -29,6 +29,7 @@ ORDER = [
     "quantizer",
     "evaluation",
     "session",
+    "plans",
     "api",
     "cli",
 ]
