@@ -14,6 +14,7 @@ from quantkit.encoders.stats import ActivationStats, Moments
 
 WHOLE_WEIGHTS = 1 << 20  # larger tensors are measured on pieces
 PIECE_ROWS, PIECE_COLUMNS = 128, 1024
+STEP = 256  # columns at whose multiples a piece may begin
 PIECES, EXPERT_PIECES = 4, 16  # of a matrix; of a tensor of experts, at most one for each
 CHUNK_WEIGHTS = 1 << 21  # of a tensor that is measured whole, at a time
 SHAPE_WEIGHTS = 1 << 24  # that tell how weights are distributed
@@ -108,14 +109,12 @@ def pieces_of(info: TensorInfo, stats: ActivationStats) -> Iterator[Piece]:
                 yield Piece(expert, slice(start, min(start + step, rows)), slice(0, info.columns))
         return
     block = info.columns // column_blocks(info.columns)
-    width = PIECE_COLUMNS if block % PIECE_COLUMNS == 0 else block
+    width = min(block, PIECE_COLUMNS) if block % STEP == 0 else block
+    starts = [first + inside for first in range(0, info.columns, block) for inside in range(0, block - width + 1, STEP)]
     height = min(PIECE_ROWS, together or rows, rows)
     count = PIECES if info.experts == 1 else max(PIECES, min(info.experts, EXPERT_PIECES))
     for number in range(count):
-        where = (number + 0.5) / count
-        expert = int(where * info.experts)
         row = int(((number * 0.618 + 0.5) % 1) * (rows // height)) * height  # rows and columns do not go together
-        column = (
-            int(where * (info.columns // width)) * width if info.experts == 1 else row // height % (info.columns // width) * width
-        )
+        column = starts[int((number + 0.5) / count * len(starts))]
+        expert = int((number + 0.5) / count * info.experts)
         yield Piece(expert, slice(row, row + height), slice(column, column + width))
