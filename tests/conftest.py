@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,27 @@ def analyzed(tiny_folder, tmp_path_factory):
     text.write_text((tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()[:60000])
     analyze(open_checkpoint(folder), work, calibration=[text], tokens=8192)
     return folder, work, text
+
+
+@pytest.fixture(scope="session")
+def known(analyzed):
+    """(checkpoint, sensitivity, statistics with their moments) of the model in ``analyzed``."""
+    from quantkit.analysis.imatrix import load_stats
+    from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments
+    from quantkit.analysis.sensitivity import Sensitivity
+    from quantkit.checkpoint import open_checkpoint
+
+    folder, work, _ = analyzed
+    checkpoint = open_checkpoint(folder)
+    stats = load_stats(work / IMATRIX, checkpoint)
+    attach_moments(stats, work)
+    return checkpoint, Sensitivity.read(work / ANALYSIS), stats
+
+
+@pytest.fixture
+def at_home(analyzed, tmp_path, monkeypatch):
+    """An empty current folder, and options that reuse the finished analysis."""
+    folder, work, text = analyzed
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(work, tmp_path / "work")
+    return folder, ["--work", tmp_path / "work", "--calibration", text, "--tokens", "8192"], tmp_path

@@ -22,15 +22,6 @@ def quantkit(*arguments, ok=True):
     return result
 
 
-@pytest.fixture
-def at_home(analyzed, tmp_path, monkeypatch):
-    """An empty current folder, and options that reuse the finished analysis."""
-    folder, work, text = analyzed
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(work, tmp_path / "work")
-    return folder, ["--work", tmp_path / "work", "--calibration", text, "--tokens", "8192"], tmp_path
-
-
 def test_help_and_version_name_every_command():
     text = quantkit("--help").output
     assert all(name in text for name in COMMANDS)

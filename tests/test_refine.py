@@ -9,8 +9,7 @@ import pytest
 import tiny
 
 import quantkit
-from quantkit.analysis.run import attach_moments, load_stats, refit_windows
-from quantkit.analysis.sensitivity import Sensitivity
+from quantkit.analysis.run import refit_windows
 from quantkit.analysis.texts import load_calibration
 from quantkit.checkpoint import open_checkpoint
 from quantkit.encoders.parameters import Parameters
@@ -26,12 +25,8 @@ from quantkit.quantizer.refit import refit
 
 
 @pytest.fixture(scope="module")
-def planned(analyzed):
-    folder, work, text = analyzed
-    checkpoint = open_checkpoint(folder)
-    stats = load_stats(work / "imatrix.gguf", checkpoint)
-    attach_moments(stats, work)
-    sensitivity = Sensitivity.read(work / "analysis.json")
+def planned(known, analyzed):
+    (checkpoint, sensitivity, stats), text = known, analyzed[2]
     plan = dynamic_plan(checkpoint, sensitivity, stats, int(checkpoint.n_weights * 3.4 / 8) + 200_000, Policy())
     return checkpoint, stats, sensitivity, plan, load_calibration(checkpoint, [text], 8192)
 

@@ -12,8 +12,7 @@ import torch
 import quantkit
 from quantkit.analysis.moments import MomentStore, column_blocks
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import attach_moments, load_stats, probe_windows
-from quantkit.analysis.sensitivity import Sensitivity
+from quantkit.analysis.run import probe_windows
 from quantkit.analysis.texts import load_calibration
 from quantkit.checkpoint import TensorInfo, open_checkpoint
 from quantkit.encoders.ldlq import DAMPING
@@ -30,12 +29,8 @@ DOWN = TensorInfo("blk.0.ffn_down.weight", (24, 40), "F32")
 
 
 @pytest.fixture(scope="module")
-def planned(analyzed):
-    folder, work, text = analyzed
-    checkpoint = open_checkpoint(folder)
-    stats = load_stats(work / "imatrix.gguf", checkpoint)
-    attach_moments(stats, work)
-    sensitivity = Sensitivity.read(work / "analysis.json")
+def planned(known, analyzed):
+    (checkpoint, sensitivity, stats), text = known, analyzed[2]
     plan = dynamic_plan(checkpoint, sensitivity, stats, int(checkpoint.n_weights * 3.0 / 8) + 200_000, Policy())
     return checkpoint, stats, plan, load_calibration(checkpoint, [text], 8192)
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from quantkit.analysis.imatrix import read_imatrix
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, decoded
-from quantkit.analysis.sensitivity import Sensitivity
-from quantkit.checkpoint import open_checkpoint
+from quantkit.analysis.run import decoded
 from quantkit.cli import main
 from quantkit.errors import PlanError
 from quantkit.planning import sweep as sweeping
@@ -23,22 +19,6 @@ from quantkit.planning.policy import Policy
 from quantkit.planning.speed import Rates
 from quantkit.planning.standard import standard_plan
 from quantkit.planning.sweep import Point, Sweep, judging_windows, make_sweep, measure_sweep
-
-
-@pytest.fixture(scope="module")
-def known(analyzed):
-    folder, work, _ = analyzed
-    stats = read_imatrix(work / IMATRIX)
-    attach_moments(stats, work)
-    return open_checkpoint(folder), Sensitivity.read(work / ANALYSIS), stats
-
-
-@pytest.fixture
-def at_home(analyzed, tmp_path, monkeypatch):
-    folder, work, text = analyzed
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(work, tmp_path / "work")
-    return folder, ["--work", tmp_path / "work", "--calibration", text, "--tokens", "8192"], tmp_path
 
 
 def quantkit(*arguments, ok=True):
