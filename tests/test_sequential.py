@@ -221,3 +221,19 @@ def test_the_dial(analyzed, tmp_path):
     again, _ = quantkit.quantize(folder, tmp_path / "b.gguf", **given)
     assert path.read_bytes() == again.read_bytes()
     assert MomentStore.open(work / "moments") is not None
+
+
+def test_a_shared_expert_by_itself_still_knows_all_gates(tmp_path):
+    """Where the routed experts are too large for memory, what the shared one makes up for is the same."""
+    checkpoint = open_checkpoint(tiny.build("qwen2_moe", tmp_path / "m"))
+    blocks = [sequential.Blocks(checkpoint) for _ in range(2)]
+    states = blocks[0].embed(np.random.default_rng(0).integers(3, 4096, (2, 24)).astype(np.int64))
+    infos = [info for info in checkpoint.tensors.values() if info.layer == 0 and info.role in sequential.STAGES[3]]
+    shared = next(info.name for info in infos if info.experts == 1)
+    found = []
+    with torch.inference_mode(), blocks[0].layer(0) as one, blocks[1].layer(0) as other:
+        for names in ({info.name for info in infos}, {shared}):
+            with Inputs(*blocks, 0, names) as inputs:
+                found += [pair for pair in inputs.of(one, other, states, 1.1 * states) if pair.name == shared]
+    assert len(found) == 2
+    assert torch.equal(found[0].residual, found[1].residual)

@@ -53,9 +53,9 @@ class Piece:
         height = stats.output_rows(info.name)
         if not height:
             return None
-        first, last = self.rows.start // height * height, -(-self.rows.stop // height) * height
-        found = stats.outputs_of(info.name, self.expert, first, min(last, info.rows // info.experts))
-        if found is None or (self.rows.start == first and self.rows.stop == min(last, info.rows // info.experts)):
+        first, last = self.rows.start // height * height, min(-(-self.rows.stop // height) * height, info.rows // info.experts)
+        found = stats.outputs_of(info.name, self.expert, first, last)
+        if found is None or (self.rows.start == first and self.rows.stop == last):
             return found
         return _part(found, slice(self.rows.start - first, self.rows.stop - first), height)
 

@@ -7,9 +7,7 @@ product is added with the factor alpha ÷ rank, or 1 where alpha is 0.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy.typing as npt
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.gguf_reader import GgufFile
 from quantkit.checkpoint.gguf_writer import TensorSpec, file_bytes, write_gguf
-from quantkit.checkpoint.source import Checkpoint
+from quantkit.checkpoint.source import Checkpoint, CheckpointView
 from quantkit.errors import CheckpointError
 from quantkit.formats import get_format
 from quantkit.versions import DISTRIBUTION, package_versions
@@ -89,7 +87,7 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(path, str(values.get("general.architecture")), pairs)
 
 
-class AdaptedCheckpoint(Checkpoint):
+class AdaptedCheckpoint(CheckpointView):
     """A view of ``source`` with the products of an adapter added."""
 
     def __init__(self, source: Checkpoint, adapter: Adapter) -> None:
@@ -101,32 +99,12 @@ class AdaptedCheckpoint(Checkpoint):
                     f"{adapter.path.name} does not fit {source.path.name}: {name} is {shape or 'missing'}, the adapter wants {(len(b), a.shape[1])}",
                     hint="an adapter belongs to the file for which it was made",
                 )
-        self.source, self.adapter = source, adapter
-        self.path, self.family, self.config, self.tensors = source.path, source.family, source.config, source.tensors
-        self.plain_types = source.plain_types  # type: ignore[misc]
-
-    @property
-    def opened(self) -> Checkpoint:
-        return self.source.opened
+        super().__init__(source)
+        self.adapter = adapter
 
     @property
     def weight_files(self) -> list[Path]:
         return [*self.source.weight_files, self.adapter.path]
-
-    @cached_property
-    def identity(self) -> str:
-        """Another one than the source's: the weights differ."""
-        digest = hashlib.sha256(self.source.identity.encode())
-        for name, (a, b) in self.adapter.pairs.items():
-            digest.update(name.encode() + a.tobytes() + b.tobytes())
-        return digest.hexdigest()[:16]
-
-    @property
-    def stamp(self) -> str:
-        return hashlib.sha256(f"{self.source.stamp} {self.identity}".encode()).hexdigest()[:16]
-
-    def metadata(self) -> gv.Metadata:
-        return self.source.metadata()
 
     def nbytes(self, name: str) -> int:
         pair = self.adapter.pairs.get(name)

@@ -160,3 +160,26 @@ class Checkpoint:
         """Refuse what contradicts the config, before anything is read."""
         shapes = {info.name: info.shape for info in self.tensors.values()}
         check_shapes(shapes, self.config, self.family, self.path.resolve().name)
+
+
+class CheckpointView(Checkpoint):
+    """Another checkpoint's names, shapes and metadata; a subclass gives other weights. Nothing is kept in memory."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source = source
+        self.path, self.family, self.config, self.tensors = source.path, source.family, source.config, source.tensors
+        self.plain_types = source.plain_types  # type: ignore[misc]
+
+    @property
+    def opened(self) -> Checkpoint:
+        return self.source.opened
+
+    @property
+    def weight_files(self) -> list[Path]:
+        return self.source.weight_files
+
+    def metadata(self) -> gv.Metadata:
+        return self.source.metadata()
+
+    def nbytes(self, name: str) -> int:
+        return self.source.nbytes(name)

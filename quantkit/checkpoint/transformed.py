@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.files import atomic_file
 from quantkit.checkpoint.safetensors_reader import SafetensorsFile
-from quantkit.checkpoint.source import Checkpoint, TensorInfo
+from quantkit.checkpoint.source import Checkpoint, CheckpointView, TensorInfo
 from quantkit.errors import CheckpointError
 
 GAP = 4  # rows of a permuted tensor that lie at most this far apart are read together
@@ -109,8 +108,8 @@ class Transform:
         return Transform(identity, {name: Change(**parts) for name, parts in found.items()})
 
 
-class TransformedCheckpoint(Checkpoint):
-    """A view of ``source``: the same names, shapes and metadata, other weights. Nothing is kept in memory."""
+class TransformedCheckpoint(CheckpointView):
+    """A view of ``source`` with rescaled and reordered weights."""
 
     def __init__(self, source: Checkpoint, transform: Transform) -> None:
         """Raises CheckpointError if the transform was made for another model or does not fit."""
@@ -121,18 +120,8 @@ class TransformedCheckpoint(Checkpoint):
             )
         for name, change in transform.tensors.items():
             change.check(source.info(name))
-        self.source, self.transform = source, transform
-        self.path, self.family, self.config, self.tensors = source.path, source.family, source.config, source.tensors
-        self.plain_types = source.plain_types  # type: ignore[misc]
-
-    @property
-    def opened(self) -> Checkpoint:
-        """The checkpoint on disk that is looked at."""
-        return self.source.opened if isinstance(self.source, TransformedCheckpoint) else self.source
-
-    @property
-    def weight_files(self) -> list[Path]:
-        return self.source.weight_files
+        super().__init__(source)
+        self.transform = transform
 
     @cached_property
     def identity(self) -> str:
@@ -142,12 +131,6 @@ class TransformedCheckpoint(Checkpoint):
     @property
     def stamp(self) -> str:
         return hashlib.sha256(f"{self.source.stamp} {self.transform.digest}".encode()).hexdigest()[:16]
-
-    def metadata(self) -> gv.Metadata:
-        return self.source.metadata()
-
-    def nbytes(self, name: str) -> int:
-        return self.source.nbytes(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         info, change = self.info(name), self.transform.tensors.get(name)

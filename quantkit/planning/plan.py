@@ -17,6 +17,16 @@ VERSION = 1
 Pins = tuple[tuple[int, int], ...]
 
 
+def read_document(path: Path, hint: str) -> Any:
+    """What a JSON file holds. Raises PlanError, with ``hint`` if it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
+    except ValueError as error:
+        raise PlanError(f"{path} is not valid JSON ({error})", hint=hint) from None
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What one tensor becomes, and why. pins: row (counted over all experts) and column of weights that must survive."""
@@ -63,12 +73,7 @@ class Plan:
     def read(path: Path) -> Plan:
         """Read a plan.json. Raises PlanError naming what is wrong with it."""
         hint = "correct the file or make it again with `quantkit plan`"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
-        except ValueError as error:
-            raise PlanError(f"{path} is not valid JSON ({error})", hint=hint) from None
+        data = read_document(path, hint)
         if not isinstance(data, dict) or data.pop("quantkit_plan", None) != VERSION:
             raise PlanError(f"{path} is not a plan of this version", hint=hint)
         try:

@@ -19,7 +19,7 @@ from quantkit.checkpoint.roles import Role
 from quantkit.errors import FormatError, PlanError
 from quantkit.formats import Format, get_format
 from quantkit.planning.memory import Run, Shape, _Builder
-from quantkit.planning.plan import Plan
+from quantkit.planning.plan import Plan, read_document
 from quantkit.progress import Progress
 
 VERSION = 1
@@ -57,12 +57,7 @@ class Rates:
     def read(path: Path) -> Rates:
         """Read what `quantkit speed` wrote, or a plain ``{"Q4_K": weights per second, …}``. Raises PlanError."""
         hint = 'give what `quantkit speed --json` prints, or {"Q4_K": 1.2e10, …} with weights per second by format'
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"cannot read {path}: {error.strerror}", hint="check the path") from None
-        except ValueError as error:
-            raise PlanError(f"{path} is not valid JSON ({error})", hint=hint) from None
+        data = read_document(path, hint)
         if not isinstance(data, dict):
             raise PlanError(f"{path} holds no rates", hint=hint)
         version = data.pop("quantkit_rates", VERSION)

@@ -153,7 +153,7 @@ def repair(
     task.done()
     ranks = choose(offers, checkpoint.family.arch, size)
     if not ranks:
-        least = adapter_bytes(checkpoint.family.arch, {n: (len(o.b), 1, o.a.shape[1]) for n, o in list(offers.items())[:1]})
+        least = adapter_bytes(checkpoint.family.arch, _shapes(offers, dict.fromkeys(list(offers)[:1], 1)))
         raise PlanError(f"an adapter of {size:,} bytes holds not even one rank", hint=f"one takes about {least:,} bytes")
     pairs: dict[str, Pair] = {name: (offers[name].a[:rank], offers[name].b[:, :rank]) for name, rank in ranks.items()}
     write_adapter(out, checkpoint.family.arch, pairs)

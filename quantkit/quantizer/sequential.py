@@ -38,7 +38,7 @@ from quantkit.modeling.blocks import Blocks
 from quantkit.planning.plan import Plan
 from quantkit.progress import Progress, Task
 from quantkit.quantizer.pipeline import TENSORS, Job, Packed, decode_all, encode_all
-from quantkit.quantizer.sequential_inputs import Inputs, Pairs
+from quantkit.quantizer.sequential_inputs import ADDED, Inputs, Pairs
 from quantkit.quantizer.sequential_sums import Sums, add_up, fits
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ STAGES = (
     frozenset({Role.ATTN_Q, Role.ATTN_K, Role.ATTN_V}),
     frozenset({Role.ATTN_O}),
     frozenset({Role.FFN_GATE, Role.FFN_UP, Role.EXPERT_GATE, Role.EXPERT_UP, Role.SHARED_GATE, Role.SHARED_UP}),
-    frozenset({Role.FFN_DOWN, Role.EXPERT_DOWN, Role.SHARED_DOWN}),
+    ADDED,
 )  # tensors of a layer that see their inputs before any of them is quantized
 
 

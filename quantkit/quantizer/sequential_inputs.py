@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantkit.checkpoint.roles import Role
+from quantkit.checkpoint.roles import SHARED_ROLES, Role
 from quantkit.modeling.blocks import Blocks, Routing
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class Inputs:
     def __init__(self, original: Blocks, quantized: Blocks, index: int, names: set[str]) -> None:
         self._original, self._index = original, index
         self._infos = [original.checkpoint.info(name) for name in sorted(names)]
-        routed = any(info.role in ROUTED for info in self._infos)
-        self._theirs, self._ours = (_Seen(frozenset() if routed else frozenset(names)) for _ in range(2))
+        gated = any(info.role in ROUTED | SHARED_ROLES for info in self._infos)  # all gates of the layer are needed
+        self._theirs, self._ours = (_Seen(frozenset() if gated else frozenset(names)) for _ in range(2))
         self._watch = contextlib.ExitStack()
         for blocks, seen in ((original, self._theirs), (quantized, self._ours)):
             self._watch.enter_context(blocks.watch(index, seen, seen.route, seen.pass_middle))
@@ -93,6 +93,7 @@ class Inputs:
             with contextlib.suppress(_EnoughError):
                 layer(states)
         theirs, ours = self._theirs, self._ours
+        shared = self._shared_gate()
         routed = [info for info in self._infos if info.role in ROUTED]
         for info in self._infos:
             if info.role in ROUTED:
@@ -102,7 +103,9 @@ class Inputs:
             if info.role is Role.ATTN_O:
                 residual = (x - y).flatten(0, 1)
             elif info.role in ADDED:
-                residual = self._missing(self._shared_gate() if info.role is Role.SHARED_DOWN else None)
+                residual = self._lacking()
+                if info.role is Role.SHARED_DOWN and shared is not None:
+                    residual = residual * (shared / self._gates())[:, None]
             yield Pairs(info.name, 0, *both, residual)
         if routed:
             yield from self._experts({info.name: info.role for info in routed})
@@ -113,6 +116,7 @@ class Inputs:
         """Every expert on the tokens that the quantized copy sends to it; the original's expert sees the same ones."""
         theirs, ours = self._theirs.routing, self._ours.routing
         assert theirs is not None and ours is not None
+        lacking, gates = self._lacking(), self._gates()
         for expert in range(ours.logits.shape[1]):
             token, slot = (ours.chosen == expert).nonzero(as_tuple=True)
             if not len(token):
@@ -120,27 +124,26 @@ class Inputs:
             seen = _Seen()
             self._original.show_expert(self._index, expert, theirs.x[token], seen)
             for name, role in roles.items():
-                residual = self._missing(ours.weights[token, slot], token) if role in ADDED else None
+                residual = None
+                if role in ADDED:
+                    residual = lacking[token] * (ours.weights[token, slot] / gates[token])[:, None]
                 yield Pairs(name, expert, seen.inputs[name, expert], self._ours.inputs[name, expert], residual)
 
-    def _missing(self, gate: torch.Tensor | None, token: torch.Tensor | None = None) -> torch.Tensor:
-        """What the stream between attention and feed-forward lacks, as an output before its gate: (tokens, rows).
+    def _lacking(self) -> torch.Tensor:
+        """What the stream between attention and feed-forward lacks, (tokens, rows).
 
-        All that share a token's gates make up for it together, each in proportion to its gate.
+        All that share a token's gates make up for it together, each in proportion to its gate: as an output before
+        the gate that is gate ÷ ``_gates`` of it.
         """
-        import torch
-
         assert self._theirs.middle is not None and self._ours.middle is not None
-        lacking = self._theirs.middle - self._ours.middle
-        if gate is None:
-            return lacking
+        return self._theirs.middle - self._ours.middle
+
+    def _gates(self) -> torch.Tensor:
+        """The squared gates of all that a token passes, added up: (tokens,)."""
         routing, shared = self._ours.routing, self._shared_gate()
-        total = torch.zeros(len(lacking)) if shared is None else shared.square()
-        if routing is not None:
-            total = total + routing.weights.square().sum(1)
-        if token is not None:
-            lacking, total = lacking[token], total[token]
-        return lacking * (gate / total)[:, None]
+        assert routing is not None
+        total = routing.weights.square().sum(1)
+        return total if shared is None else total + shared.square()
 
     def _shared_gate(self) -> torch.Tensor | None:
         """With what the quantized copy multiplies the shared expert's output, (tokens,)."""
