@@ -34,6 +34,8 @@ class Task:
 
     def done(self) -> None:
         """Mark the work as complete and take its line away."""
+        seconds = self._owner.seconds
+        seconds[self._name] = seconds.get(self._name, 0.0) + time.perf_counter() - self._started
         if self._id is not None:
             self._owner.bar.remove_task(self._id)
             self._id = None
@@ -47,10 +49,14 @@ def _short(value: float) -> str:
 
 
 class Progress:
-    """Hands out tasks. ``Progress()`` is silent; ``Progress.terminal()`` draws bars on stderr."""
+    """Hands out tasks. ``Progress()`` is silent; ``Progress.terminal()`` draws bars on stderr.
+
+    seconds: wall time of every finished task, by name.
+    """
 
     def __init__(self, bar: Any = None) -> None:
         self.bar = bar
+        self.seconds: dict[str, float] = {}
         if bar is not None:
             _running.append(self)
 

@@ -143,7 +143,7 @@ def test_refit_never_ends_worse_and_stays_in_its_budget(planned):
 
 def test_the_dial_refines_and_the_next_run_reuses_it(analyzed, tmp_path, monkeypatch):
     folder, work, text = analyzed
-    given = {"bpw": 3.6, "work": work, "calibration": [text], "tokens": 8192, "effort": 4}
+    given = {"bpw": 2.8, "work": work, "calibration": [text], "tokens": 8192, "effort": 4}
     path, manifest = quantkit.quantize(folder, tmp_path / "a.gguf", **given)
     assert [note.split(":")[0] for note in manifest.notes] == ["sequential", "refined"]
     monkeypatch.setattr(refine, "refine", lambda *a, **k: pytest.fail("refined again"))

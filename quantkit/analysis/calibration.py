@@ -96,15 +96,17 @@ class _Moments:
             facts.input_rms = float(x.square().mean().sqrt())
             facts.output_rms = float(y.square().mean().sqrt())
             sample = x[:SAMPLE]
-            facts.int8 = relative_error(sample, int8(sample, "token"), weight)
-            facts.fp8 = relative_error(sample, fp8(sample, "tensor"), weight)
+            facts.int8 = relative_error(sample, int8(sample, "token"), weight.float())
+            facts.fp8 = relative_error(sample, fp8(sample, "tensor"), weight.float())
 
 
-def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress, full: MomentWriter | None = None) -> Calibration:
+def calibrate(
+    checkpoint: Checkpoint, text: CalibrationText, progress: Progress, full: MomentWriter | None = None, half: bool = False
+) -> Calibration:
     """Second moments of every linear input over the ``train`` windows, one decoder layer in memory.
 
     Experts that see too few tokens of them get statistics from further text and near misses (coverage.py).
-    full: keeps the whole matrices E[x xᵀ] as well, not only the diagonal.
+    full: keeps the whole matrices E[x xᵀ] as well, not only the diagonal. half: BF16 matrices multiply in BF16.
 
     Raises CalibrationError if an activation is not finite.
     """
@@ -114,7 +116,7 @@ def calibrate(checkpoint: Checkpoint, text: CalibrationText, progress: Progress,
         ActivationStats(datasets=text.names, chunks=len(text.train), chunk_size=text.window, identity=checkpoint.identity)
     )
     observer = _Moments(checkpoint, result, full)
-    blocks = Blocks(checkpoint)
+    blocks = Blocks(checkpoint, half=half)
     cover = Coverer(blocks, result.stats, text.train.size, text.further, full, progress, BATCH)
     batches = [text.train[i : i + BATCH] for i in range(0, len(text.train), BATCH)]
     with torch.inference_mode():

@@ -13,9 +13,9 @@ from quantkit.analysis.predict import error_of, probe_formats
 from quantkit.analysis.sensitivity import FormatCost, TensorSensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.encoders import default_method, get_encoder
-from quantkit.encoders.base import map_threads
 from quantkit.encoders.ldlq import LdlqEncoder
 from quantkit.encoders.stats import ActivationStats, Moments
+from quantkit.encoders.threads import map_threads
 from quantkit.formats import Format, formats, get_format
 from quantkit.progress import Progress
 

@@ -71,17 +71,18 @@ class _Gradients:
 
 
 def measure_fisher(
-    checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0, full: OutputWriter | None = None
-) -> Fisher:
+    checkpoint: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress, seed: int = 0, full: OutputWriter | None = None,
+    half: bool = False,
+) -> Fisher:  # fmt: skip
     """Diagonal Fisher information at every linear map, from token windows int64 (n, window).
 
-    full: keeps whole matrices E[g gᵀ] of each output as well.
+    full: keeps whole matrices E[g gᵀ] of each output as well. half: BF16 matrices multiply in BF16.
     """
     import torch
 
     out = Fisher(tokens=windows.size)
     observer = _Gradients(checkpoint, out, full)
-    blocks = Blocks(checkpoint)
+    blocks = Blocks(checkpoint, half=half)
     batches = [windows[i : i + BATCH] for i in range(0, len(windows), BATCH)]
     hidden = HiddenStates(windows.size * blocks.model.config.hidden_size * 4 * (blocks.n_layers + 1))
     hidden.push([blocks.embed(batch) for batch in batches])

@@ -48,8 +48,9 @@ def row_limit(columns: int) -> int:
 class MomentWriter:
     """Adds up x xᵀ while calibration shows inputs; ``flush`` after each layer, ``close`` at the end."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, key: str) -> None:
-        self._folder, self._checkpoint, self._key = folder, checkpoint, key
+    def __init__(self, folder: Path, checkpoint: Checkpoint, key: str, half: bool = False) -> None:
+        """half: multiply in BF16."""
+        self._folder, self._checkpoint, self._key, self._half = folder, checkpoint, key, half
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, npt.NDArray[np.int64]] = {}
         self._index: dict[str, dict[str, Any]] = {}
@@ -60,6 +61,8 @@ class MomentWriter:
     def add(self, name: str, expert: int, x: torch.Tensor) -> None:
         """Inputs (tokens, columns) of one expert of a tensor."""
         import torch
+
+        from quantkit.modeling.products import gram
 
         if self._last is not None and same_input(self._last[0], x):
             self._index[name] = self._index[self._last[1]]
@@ -74,8 +77,7 @@ class MomentWriter:
             self._index[name] = {"file": f"{name}.npy", "experts": apart}
         place = expert if apart > 1 else 0
         for block in range(count):
-            part = x[:, block * width : (block + 1) * width]
-            self._sums[name][place, block].addmm_(part.T, part)
+            self._sums[name][place, block] += gram(x[:, block * width : (block + 1) * width], self._half)
         self._counts[name][place] += len(x)
         self._last = (x, name)
 
@@ -99,9 +101,9 @@ class MomentWriter:
 class OutputWriter:
     """Adds up g gᵀ while a backward pass shows the gradients at outputs; ``flush`` after each layer, ``close`` at the end."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, tokens: int) -> None:
-        """tokens: of the whole pass. Sums are divided by it, so that an expert counts by its traffic."""
-        self._folder, self._checkpoint, self._tokens = folder, checkpoint, tokens
+    def __init__(self, folder: Path, checkpoint: Checkpoint, tokens: int, half: bool = False) -> None:
+        """tokens: of the whole pass. Sums are divided by it, so that an expert counts by its traffic. half: multiply in BF16."""
+        self._folder, self._checkpoint, self._tokens, self._half = folder, checkpoint, tokens, half
         self._sums: dict[str, torch.Tensor] = {}
         self._index: dict[str, dict[str, Any]] = {}
         (folder / OUTPUTS).unlink(missing_ok=True)
@@ -109,6 +111,8 @@ class OutputWriter:
     def add(self, name: str, expert: int, gradient: torch.Tensor) -> None:
         """Gradients (tokens, rows) at the outputs of one expert of a tensor."""
         import torch
+
+        from quantkit.modeling.products import gram
 
         info = self._checkpoint.info(name)
         rows = info.rows // info.experts
@@ -120,8 +124,7 @@ class OutputWriter:
             self._sums[name] = torch.zeros(info.experts, count, height, height)
             self._index[name] = {"file": f"{name}.outputs.npy", "rows": height}
         for block in range(count):
-            part = gradient[:, block * height : (block + 1) * height]
-            self._sums[name][expert, block].addmm_(part.T, part)
+            self._sums[name][expert, block] += gram(gradient[:, block * height : (block + 1) * height], self._half)
 
     def flush(self) -> None:
         """Write the matrices of the layer that is done."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -9,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.analysis.calibration import LinearFacts, calibrate
-from quantkit.analysis.coverage import Coverage
+from quantkit.analysis.calibration import Calibration, LinearFacts, calibrate
 from quantkit.analysis.errors import Decoded, decode_after_encode, measure_errors
-from quantkit.analysis.fisher import measure_fisher
+from quantkit.analysis.fisher import Fisher, measure_fisher
 from quantkit.analysis.imatrix import load_stats, write_imatrix
 from quantkit.analysis.moments import MomentStore, MomentWriter, OutputWriter
 from quantkit.analysis.predict import balanced_formats, fill_predictions, fit_composition, probe_formats, summed_cost
@@ -22,17 +22,18 @@ from quantkit.analysis.superweights import find_super_weights
 from quantkit.analysis.texts import DATA, DEFAULT_MIX, CalibrationText, load_calibration
 from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.files import write_text
-from quantkit.encoders.base import map_threads
 from quantkit.encoders.stats import ActivationStats
+from quantkit.encoders.threads import map_threads
 from quantkit.errors import CalibrationError
 from quantkit.formats import get_format
+from quantkit.modeling.products import bfloat16_is_fast, fast_float32
 from quantkit.progress import Progress
 
 TOKENS = 65536
 FISHER_TOKENS = 8192  # behind the rows of the outputs, and at most an eighth of the text: three passes each
 MOMENT_TOKENS = 32768  # behind their full moments, and at most half of the text
 FEWEST_FISHER_TOKENS = 2048
-SCHEME_TOKENS = 2048
+SCHEME_TOKENS = 2048  # half as many for models that are not probed
 PROBE_TOKENS = 4096
 REFIT_TOKENS = 12288
 KEPT_WEIGHTS = 1 << 24  # decoded tensors of smaller models are kept for the probes: some ten copies in float32
@@ -76,20 +77,17 @@ def analyze(
     work.mkdir(parents=True, exist_ok=True)
     (work / ANALYSIS).unlink(missing_ok=True)  # an old analysis must not outlive its statistics
     shutil.rmtree(work / MOMENTS, ignore_errors=True)  # and neither must their moments
-    writer = MomentWriter(work / MOMENTS, checkpoint, key) if effort > 1 and imatrix is None else None
-    stats, facts, coverage = _statistics(checkpoint, text, imatrix, progress, writer)
-    write_imatrix(work / IMATRIX, stats)
-    windows = fisher_windows(text, full=writer is not None)
-    outputs = OutputWriter(work / MOMENTS, checkpoint, windows.size) if writer is not None else None
-    fisher = measure_fisher(checkpoint, windows, progress, full=outputs)
-    attach_moments(stats, work)
-    known: Decoded | None = {} if checkpoint.n_weights <= KEPT_WEIGHTS else None
-    tensors = measure_errors(checkpoint, stats, fisher, progress, known)
-    for name, fact in facts.items():
-        if name in tensors:
-            _add_facts(tensors[name], fact)
+    large = checkpoint.n_weights > PROBE_WEIGHTS
     if probes is None:
-        probes = checkpoint.n_weights <= PROBE_WEIGHTS
+        probes = not large
+    known: Decoded | None = {} if checkpoint.n_weights <= KEPT_WEIGHTS else None
+    with fast_float32() if large else contextlib.nullcontext():
+        seen, fisher = _passes(checkpoint, text, imatrix, work, key, effort, large and bfloat16_is_fast(), progress)
+        tensors = measure_errors(checkpoint, seen.stats, fisher, progress, known)
+        for name, fact in seen.facts.items():
+            if name in tensors:
+                _add_facts(tensors[name], fact)
+        schemes = measure_schemes(checkpoint, _spread(text.dev, SCHEME_TOKENS // 2 if large else SCHEME_TOKENS), progress)
     sensitivity = Sensitivity(
         model=checkpoint.path.resolve().name,
         architecture=checkpoint.family.arch,
@@ -101,12 +99,12 @@ def analyze(
             "files": [str(Path(path).resolve()) for path in calibration or []], "tokens": tokens, "stamp": checkpoint.stamp, "source": checkpoint.opened.identity,
         },
         tensors=tensors,
-        super_weights=find_super_weights(checkpoint, facts),
-        schemes=measure_schemes(checkpoint, _spread(text.dev, SCHEME_TOKENS), progress),
-        coverage=[entry.to_json() for entry in coverage],
+        super_weights=find_super_weights(checkpoint, seen.facts),
+        schemes=schemes,
+        coverage=[entry.to_json() for entry in seen.coverage],
     )  # fmt: skip
     if probes:
-        _probe(checkpoint, stats, sensitivity, text, progress, {} if known is None else known)
+        _probe(checkpoint, seen.stats, sensitivity, text, progress, {} if known is None else known)
     else:
         for tensor in tensors.values():
             fill_predictions(tensor)
@@ -114,17 +112,26 @@ def analyze(
     from quantkit.analysis.plot import draw_analysis
 
     draw_analysis(sensitivity, work / PICTURE)
-    return sensitivity, stats
+    return sensitivity, seen.stats
 
 
-def _statistics(
-    checkpoint: Checkpoint, text: CalibrationText, imatrix: Path | None, progress: Progress, writer: MomentWriter | None
-) -> tuple[ActivationStats, dict[str, LinearFacts], list[Coverage]]:
-    """Statistics measured on the text, or read from an imatrix (which tells nothing of peaks and gates)."""
+def _passes(
+    checkpoint: Checkpoint, text: CalibrationText, imatrix: Path | None, work: Path, key: str, effort: int, half: bool,
+    progress: Progress,
+) -> tuple[Calibration, Fisher]:  # fmt: skip
+    """What text tells: statistics (or those of an imatrix, which knows nothing of peaks and gates) and Fisher information."""
+    full = effort > 1 and imatrix is None
     if imatrix is None:
-        measured = calibrate(checkpoint, text, progress, writer)
-        return measured.stats, measured.facts, measured.coverage
-    return load_stats(imatrix, checkpoint), {}, []
+        writer = MomentWriter(work / MOMENTS, checkpoint, key, half) if full else None
+        seen = calibrate(checkpoint, text, progress, writer, half)
+    else:
+        seen = Calibration(load_stats(imatrix, checkpoint))
+    write_imatrix(work / IMATRIX, seen.stats)
+    windows = fisher_windows(text, full)
+    outputs = OutputWriter(work / MOMENTS, checkpoint, windows.size, half) if full else None
+    fisher = measure_fisher(checkpoint, windows, progress, full=outputs, half=half)
+    attach_moments(seen.stats, work)
+    return seen, fisher
 
 
 def analysis_key(

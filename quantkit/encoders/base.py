@@ -1,12 +1,8 @@
-"""The interface of an encoder, and what all of them share: checks and threads."""
+"""The interface of an encoder, and the checks that all of them share."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +10,6 @@ import numpy.typing as npt
 from quantkit.encoders.stats import Moments
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-CHUNK_WEIGHTS = 1 << 18  # weights in one unit of work: large enough to hide the hand-over
 
 
 class Encoder:
@@ -89,32 +81,3 @@ def check_importance(importance: npt.NDArray[np.float32] | None, columns: int, n
         bad = int(np.argwhere(~(np.isfinite(qw) & (qw >= 0)))[0, 0])
         raise CalibrationError(f"importance of {name}, column {bad}, is {qw[bad]}", hint="run `quantkit analyze` again")
     return qw
-
-
-def default_threads() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def map_rows(work: Callable[[slice], None], rows: int, columns: int, threads: int | None) -> None:
-    """Call ``work`` with slices that together cover ``rows``, on several threads."""
-    threads = threads or default_threads()
-    step = max(1, CHUNK_WEIGHTS // max(columns, 1))
-    slices = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    if threads == 1 or len(slices) == 1:
-        for part in slices:
-            work(part)
-        return
-    list(_pool(threads).map(work, slices))
-
-
-def map_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int | None = None) -> list[Result]:
-    """``work`` of every item, in order, on several threads of their own (what they call may use ``map_rows``)."""
-    with ThreadPoolExecutor(threads or default_threads(), thread_name_prefix="quantkit-work") as pool:
-        return list(pool.map(work, items))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that stay, because starting them costs as much as encoding a few million weights."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="quantkit-encode")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.encoders.base import Encoder, check_finite, check_importance, map_rows
+from quantkit.encoders.base import Encoder, check_finite, check_importance
+from quantkit.encoders.threads import map_rows
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 

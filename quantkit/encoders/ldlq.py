@@ -7,22 +7,25 @@ inputs are rounded first. Scales and minimums are those of ggml's importance-wei
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.encoders.base import Encoder, map_rows
+from quantkit.encoders.base import Encoder
 from quantkit.encoders.ggml import GgmlEncoder
 from quantkit.encoders.nearest import code_values, lowest_code
 from quantkit.encoders.stats import Moments
+from quantkit.encoders.threads import map_rows
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 from quantkit.formats.grids import grid
 from quantkit.formats.layout import Grid, Integers, Linear
 
 F32 = np.float32
+TOGETHER = 128  # columns that are rounded before their errors are carried on to all later ones
 DAMPING = 0.1  # of the mean of the diagonal, added to it: measured best on text unlike the calibration (docs/log.md)
 
 
@@ -45,15 +48,15 @@ class Sweep:
         self.units = np.argsort(-diagonal.reshape(-1, together).sum(1), kind="stable")
         self.order = (self.units[:, None] * together + np.arange(together)).reshape(-1)
         self.diagonal = (diagonal[self.order] + damping * mean).astype(F32)
-        try:
-            factor = scipy.linalg.cho_factor(h[np.ix_(self.order, self.order)], lower=True)
-            inverse = scipy.linalg.cho_solve(factor, np.eye(len(h)))
-            upper = scipy.linalg.cholesky(inverse, lower=False)
+        back = self.order[::-1]
+        try:  # H = R Rᵀ with R upper, from the columns in reverse; then H⁻¹ = R⁻ᵀ R⁻¹, and R⁻¹ is the factor wanted
+            lower = scipy.linalg.cholesky(h[np.ix_(back, back)], lower=True, overwrite_a=True)
         except np.linalg.LinAlgError as error:
             raise CalibrationError(
                 f"the inputs' second moments are not positive definite ({error})", hint="use more calibration text"
             ) from None
-        self.upper = np.ascontiguousarray(upper, F32)
+        inverse, _ = scipy.linalg.lapack.dtrtri(lower, lower=True, overwrite_c=True)
+        self.upper = np.ascontiguousarray(inverse[::-1, ::-1], F32)
 
 
 _lock = Lock()
@@ -74,6 +77,7 @@ class LdlqEncoder(Encoder):
     """Serves every format but those in base three and the unquantized ones."""
 
     method = "ldlq"
+    version = 2
     needs_moments = True
 
     def writes(self, fmt: type[Format]) -> bool:
@@ -133,6 +137,7 @@ def requantize(
     middles = (ladder[1:] + ladder[:-1]) / 2
     codes = np.empty((rows, columns), np.int32)
     group = (sweep.order // size).astype(np.int64)
+    bounds = [*range(0, columns, TOGETHER), columns]
 
     def work(part: slice) -> None:
         for start in range(part.start, part.stop, LANES):
@@ -140,8 +145,13 @@ def requantize(
             pad = ((0, 0), (0, LANES - (stop - start)))
             w = np.ascontiguousarray(np.pad(x[start:stop, sweep.order].T, pad))
             s, m = (np.ascontiguousarray(np.pad(a[start:stop].T, pad)) for a in (scale, minimum))
-            found = np.empty((columns, LANES), np.int32)
-            feedback(w, sweep.upper, s, m, group, linear, F32(0), F32(len(values) - 1), F32(-ladder[0]), ladder, middles, found)
+            found, errors = np.empty((columns, LANES), np.int32), np.empty((TOGETHER, LANES), F32)
+            for first, last in itertools.pairwise(bounds):
+                feedback(
+                    w, first, last, sweep.upper, s, m, group, linear, F32(0), F32(len(values) - 1), F32(-ladder[0]), ladder,
+                    middles, found, errors,
+                )  # fmt: skip
+                w[last:] -= sweep.upper[first:last, last:].T @ errors[: last - first]
             codes[start:stop, sweep.order] = found[:, : stop - start].T
 
     map_rows(work, rows, columns, threads)
@@ -173,13 +183,17 @@ def requantize_book(
     codes = parts["codes"].reshape(rows, -1).astype(np.int32)
     even = fmt.signs is not None and fmt.signs.width == 7
     signs = np.zeros((rows, columns // 8), np.int32)
+    bounds = [*range(0, columns, TOGETHER), columns]
 
     def work(part: slice) -> None:
-        for r in range(part.start, part.stop):
+        w = x[part][:, sweep.order]
+        for first, last in itertools.pairwise(bounds):
+            errors = np.empty((len(w), last - first), F32)
             feedback_book(
-                x[r, sweep.order], sweep.upper, sweep.units, sweep.diagonal, scale[r], shift[r], size, width, bits,
-                fmt.signs is not None, even, middles, values, index, start, neighbours, codes[r], signs[r],
+                w, first, last, sweep.upper, sweep.units, sweep.diagonal, scale[part], shift[part], size, width, bits,
+                fmt.signs is not None, even, middles, values, index, start, neighbours, codes[part], signs[part], errors,
             )  # fmt: skip
+            w[:, last:] -= errors @ sweep.upper[first:last, last:]
 
     map_rows(work, rows, columns, threads)
     parts["codes"] = codes.reshape(len(blocks), -1)

@@ -11,36 +11,45 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from quantkit.encoders.loops_feedback import nearest_entry, split_signs
-from quantkit.formats.loops_half import OPTIONS, from_half, to_half
+from quantkit.encoders.loops_feedback import FUSED, nearest_entry, split_signs
+from quantkit.formats.loops_half import from_half, to_half
 
 F32 = np.float32
 ZERO, HALF, ONE = F32(0), F32(0.5), F32(1)
 
 
-@njit(inline="always", **OPTIONS)
+@njit(inline="always", **FUSED)
 def add_move(r, row, size):
     """Gradient after a weight moved: ``row`` of the inner metric times ``size``."""
     for k in range(r.shape[0]):
         r[k] += size * row[k]
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def quadratic(a, inner, low, high, image):
-    """aᵀ · inner · a over columns low … high. image: scratch; sums of rows, because those are vectors."""
-    for k in range(low, high):
-        image[k] = ZERO
-    for j in range(low, high):
-        row, size = inner[j], a[j]
-        for k in range(low, high):
-            image[k] += size * row[k]
+    """aᵀ · inner · a over columns low … high. image: scratch; sums of rows, four at a time, because those are vectors.
+
+    Slices and loops from zero: bounds that are arguments keep Numba's test for negative indices in the inner loop.
+    """
+    x, out = a[low:high], image[low:high]
+    n = x.shape[0]
+    for k in range(n):
+        out[k] = ZERO
+    for q in range(n // 4):
+        j = low + 4 * q
+        s0, s1, s2, s3 = x[4 * q], x[4 * q + 1], x[4 * q + 2], x[4 * q + 3]
+        r0, r1, r2, r3 = inner[j, low:high], inner[j + 1, low:high], inner[j + 2, low:high], inner[j + 3, low:high]
+        for k in range(n):
+            out[k] += s0 * r0[k] + s1 * r1[k] + s2 * r2[k] + s3 * r3[k]
+    for j in range(n - n % 4, n):
+        add_move(out, inner[low + j, low:high], x[j])
     total = ZERO
-    for k in range(low, high):
-        total += a[k] * image[k]
+    for k in range(n):
+        total += x[k] * out[k]
     return total
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def move_codes(w, r, h, inner, values, scale, minimum, linear, ladder, middles, group, moved):
     """Every weight of one row to the code nearest to where its own parabola is lowest."""
     for g in range(scale.shape[0]):
@@ -65,7 +74,7 @@ def move_codes(w, r, h, inner, values, scale, minimum, linear, ladder, middles, 
                 add_move(r, inner[j], h * delta)
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def move_entries(w, r, h, inner, entries, signs, shift, scale, group, width, bits, signed, even, middles, book, index, start, neighbours, moved):  # fmt: skip
     """The same for code books, eight weights at a time: the entry nearest to the point where each parabola is lowest."""
     goal, size, weight, after = np.empty(8, F32), np.empty(8, F32), np.empty(8, F32), np.empty(8, F32)
@@ -103,17 +112,21 @@ def move_entries(w, r, h, inner, entries, signs, shift, scale, group, width, bit
                     add_move(r, inner[at + i], h * after[i])
 
 
-@njit(**OPTIONS)
-def stretch(w, r, h, inner, a, size, low, high, moved):
-    """Add size · a to the weights low … high."""
+@njit(**FUSED)
+def stretch(w, r, h, inner, a, size, low, high, image, moved):
+    """Add size · a to the weights low … high. image: inner · a over these columns, as ``quadratic`` leaves it."""
     for j in range(low, high):
         delta = size * a[j]
         w[j] += delta
         moved[j] += delta
-        add_move(r, inner[j], h * delta)
+        if high - low < r.shape[0]:
+            add_move(r, inner[j], h * delta)
+    if high - low == r.shape[0]:
+        for k in range(r.shape[0]):
+            r[k] += h * size * image[k]
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def move_scales(w, r, h, inner, places, factors, block_scale, minimum, group, per, a, image, moved):
     """Every group's integer scale to the one nearest to its optimum, codes unchanged."""
     for g in range(places.shape[0]):
@@ -135,10 +148,10 @@ def move_scales(w, r, h, inner, places, factors, block_scale, minimum, group, pe
         size = factors[new] / factor - ONE
         if new != places[g] and size * (slope + HALF * size * curve) < ZERO:
             places[g] = new
-            stretch(w, r, h, inner, a, size, low, high, moved)
+            stretch(w, r, h, inner, a, size, low, high, image, moved)
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def move_minimums(w, r, h, inner, integers, top, block_minimum, group, per, a, image, moved):
     """Every group's integer minimum to the one nearest to its optimum, codes and scales unchanged."""
     for g in range(integers.shape[0]):
@@ -156,10 +169,10 @@ def move_minimums(w, r, h, inner, integers, top, block_minimum, group, per, a, i
         size = F32(new - integers[g])
         if size != ZERO and size * (slope + HALF * size * curve) < ZERO:
             integers[g] = new
-            stretch(w, r, h, inner, a, size, low, high, moved)
+            stretch(w, r, h, inner, a, size, low, high, image, moved)
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def move_blocks(w, r, h, inner, halves, minimum, group, per, of_scale, a, image, moved):
     """Every block's half-precision scale (or minimum) to its optimum, all integers unchanged."""
     for b in range(halves.shape[0]):
@@ -177,10 +190,10 @@ def move_blocks(w, r, h, inner, halves, minimum, group, per, of_scale, a, image,
         size = new / halves[b] - ONE
         if size * (slope + HALF * size * curve) < ZERO and abs(new) < F32(65504):
             halves[b] = new
-            stretch(w, r, h, inner, a, size, low, high, moved)
+            stretch(w, r, h, inner, a, size, low, high, image, moved)
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def group_numbers(places, factors, block_scale, integers, block_minimum, per, scale, minimum):
     """Scale and minimum of every group, as decoding gives them."""
     for g in range(scale.shape[0]):
@@ -192,7 +205,7 @@ def group_numbers(places, factors, block_scale, integers, block_minimum, per, sc
             minimum[g] = block_minimum[b] if block_minimum.shape[0] else ZERO
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def descend(
     gradient, outer, inner, w, codes, signs, shift, places, factors, integers, top, block_scale, block_minimum,
     group, per, tunes_scale, tune, linear, ladder, middles, width, bits, signed, even, book, index, start, neighbours,

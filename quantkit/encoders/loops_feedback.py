@@ -1,7 +1,8 @@
 """Numba: rounding with error feedback, codes on fixed scales.
 
 The rows of a weight do not depend on each other, so they are the lanes where a code is one weight: every step
-works on LANES rows. Code books take one row at a time.
+works on LANES rows. Code books take one row at a time. A call rounds one block of columns; the caller carries the
+errors on to later blocks by a matrix product, which is many times faster than doing so column by column.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from quantkit.formats.loops_half import OPTIONS
 F32 = np.float32
 ZERO = F32(0)
 LANES = 32
+FUSED = {**OPTIONS, "fastmath": {"contract"}}  # multiply and add in one step: nothing here must equal C to the bit
 
 
 @njit(**OPTIONS)
@@ -30,26 +32,25 @@ def nearest_codes(x, linear, low, high, zero, middles, codes):
             codes[i] = place
 
 
-@njit(**OPTIONS)
-def feedback(w, upper, scale, minimum, group, linear, low, high, zero, values, middles, codes):
-    """GPTQ's sweep over the columns of LANES rows (arXiv 2210.17323, with fixed scales).
+@njit(**FUSED)
+def feedback(w, first, last, upper, scale, minimum, group, linear, low, high, zero, values, middles, codes, errors):
+    """GPTQ's sweep over columns first … last of LANES rows (arXiv 2210.17323, with fixed scales).
 
     w: float32 (columns, LANES) in the order of the sweep, changed on the way; upper: float32 (columns, columns),
     the upper Cholesky factor of the inverse second moments, in that order; scale, minimum: float32 (groups, LANES);
     group: int64 (columns,), the group of each column; values: what each code stands for; codes: int32
-    (columns, LANES), written.
+    (columns, LANES), written; errors: float32 (last - first, LANES), written: later columns need w -= upperᵀ · errors.
     """
-    columns = w.shape[0]
-    x, error = np.empty(LANES, F32), np.empty(LANES, F32)
-    for j in range(columns):
-        s, m, row, chosen = scale[group[j]], minimum[group[j]], w[j], codes[j]
+    x = np.empty(LANES, F32)
+    for j in range(first, last):
+        s, m, row, chosen, error = scale[group[j]], minimum[group[j]], w[j], codes[j], errors[j - first]
         for i in range(LANES):
             x[i] = (row[i] - m[i]) / s[i] if s[i] != ZERO else ZERO
         nearest_codes(x, linear, low, high, zero, middles, chosen)
         inverse = F32(1) / upper[j, j]
         for i in range(LANES):
             error[i] = (row[i] - (s[i] * values[chosen[i]] + m[i])) * inverse
-        for k in range(j + 1, columns):
+        for k in range(j + 1, last):
             u, later = upper[j, k], w[k]
             for i in range(LANES):
                 later[i] -= u * error[i]
@@ -96,43 +97,49 @@ def nearest_entry(x, at, width, weight, scale, shift, middles, bits, book, index
     return chosen
 
 
-@njit(**OPTIONS)
+@njit(**FUSED)
 def feedback_book(
-    w, upper, order, weights, scale, shift, size, width, bits, signed, even, middles, book, index, start, neighbours, codes, signs
-):
-    """The sweep for code books: eight columns of one row at a time, chosen together, their errors carried onward.
+    w, first, last, upper, order, weights, scale, shift, size, width, bits, signed, even, middles, book, index, start, neighbours,
+    codes, signs, errors,
+):  # fmt: skip
+    """The sweep for code books: eight columns of a row at a time, chosen together, their errors carried onward.
 
-    w: float32 (columns,) in the order of the sweep, changed on the way; order: int64 (columns / 8,) eights in that
-    order; weights: float32 (columns,), in that order; scale: float32 (columns / size,); shift: float32 (columns / 8,);
-    codes: int32 (columns / width,) and signs: int32 (columns / 8,) hold ggml's and are overwritten.
+    w: float32 (rows, columns) in the order of the sweep, changed on the way; order: int64 (columns / 8,) eights in that
+    order; weights: float32 (columns,), in that order; scale: float32 (rows, columns / size); shift: float32 (rows,
+    columns / 8); codes: int32 (rows, columns / width) and signs: int32 (rows, columns / 8) hold ggml's and are
+    overwritten; errors: float32 (rows, last - first), written: later columns need w -= errors · upper.
     """
-    columns = w.shape[0]
-    x, e = np.empty(8, F32), np.empty(8, F32)
-    for p in range(columns // 8):
-        eight, at = order[p], 8 * p
-        s, up = scale[8 * eight // size], shift[eight]
-        if s != ZERO:
-            byte = split_signs(w, at, weights[at : at + 8], even, x) if signed else 0
-            if not signed:
+    x = np.empty(8, F32)
+    for r in range(w.shape[0]):
+        row = w[r]
+        for p in range(first // 8, last // 8):
+            eight, at = order[p], 8 * p
+            s, up, e = scale[r, 8 * eight // size], shift[r, eight], errors[r, at - first : at - first + 8]
+            if s != ZERO:
+                byte = split_signs(row, at, weights[at : at + 8], even, x) if signed else 0
+                if not signed:
+                    for i in range(8):
+                        x[i] = row[at + i]
+                for h in range(8 // width):
+                    entry = nearest_entry(
+                        x, h * width, width, weights[at : at + 8], s, up, middles, bits, book, index, start, neighbours
+                    )
+                    codes[r, eight * (8 // width) + h] = entry
+                    for i in range(h * width, (h + 1) * width):
+                        q = s * (F32(book[entry, i - h * width]) + up)
+                        e[i] = row[at + i] - (-q if (byte >> i) & 1 else q)
+                signs[r, eight] = byte
+            else:
                 for i in range(8):
-                    x[i] = w[at + i]
-            for h in range(8 // width):
-                entry = nearest_entry(
-                    x, h * width, width, weights[at : at + 8], s, up, middles, bits, book, index, start, neighbours
-                )
-                codes[eight * (8 // width) + h] = entry
-                for i in range(h * width, (h + 1) * width):
-                    q = s * (F32(book[entry, i - h * width]) + up)
-                    e[i] = w[at + i] - (-q if (byte >> i) & 1 else q)
-            signs[eight] = byte
-        else:
-            for i in range(8):
-                e[i] = w[at + i]
-        for i in range(8):  # e · U = error, within the eight
-            for k in range(i):
-                e[i] -= e[k] * upper[at + k, at + i]
-            e[i] /= upper[at + i, at + i]
-        for i in range(8):
-            u, weight = upper[at + i], e[i]
-            for k in range(at + 8, columns):
-                w[k] -= weight * u[k]
+                    e[i] = row[at + i]
+            for i in range(8):  # e · U = error, within the eight
+                for k in range(i):
+                    e[i] -= e[k] * upper[at + k, at + i]
+                e[i] /= upper[at + i, at + i]
+            later = row[at + 8 : last]  # slices, as bounds keep Numba's test for negative indices in the inner loop
+            for i in range(0, 8, 4):
+                e0, e1, e2, e3 = e[i], e[i + 1], e[i + 2], e[i + 3]
+                u0, u1 = upper[at + i, at + 8 : last], upper[at + i + 1, at + 8 : last]
+                u2, u3 = upper[at + i + 2, at + 8 : last], upper[at + i + 3, at + 8 : last]
+                for k in range(later.shape[0]):
+                    later[k] -= e0 * u0[k] + e1 * u1[k] + e2 * u2[k] + e3 * u3[k]

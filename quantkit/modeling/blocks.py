@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.checkpoint import Checkpoint
+from quantkit.modeling.products import Restore, product, use_bfloat16
 from quantkit.modeling.skeleton import empty_model, load_parameters, parameter_value, set_parameter, tensor_names
 
 if TYPE_CHECKING:
@@ -53,9 +54,11 @@ class Routing:
 class Blocks:
     """Embedding, layers and head of a checkpoint, loaded when used."""
 
-    def __init__(self, checkpoint: Checkpoint, source: Source | None = None) -> None:
-        """source: gives the weights instead of the checkpoint."""
+    def __init__(self, checkpoint: Checkpoint, source: Source | None = None, half: bool = False) -> None:
+        """source: gives the weights instead of the checkpoint. half: matrices of layers that are stored as BF16 stay so
+        and multiply inputs rounded to BF16, as llama.cpp does; everything between them is float32."""
         self.checkpoint = checkpoint
+        self.half = half
         self._source: Source = source or checkpoint
         self.model = empty_model(checkpoint)
         self.n_layers = len(self.model.model.layers)
@@ -82,7 +85,8 @@ class Blocks:
         layer = self.model.model.layers[index]
         prefix = f"model.layers.{index}."
         load_parameters(self.checkpoint, layer, prefix, self._source.read)
-        handles = observe(self.checkpoint, layer, prefix, observer) if observer else []
+        handles = _use_bfloat16(self.checkpoint, layer, prefix) if self.half else []
+        handles += observe(self.checkpoint, layer, prefix, observer) if observer or self.half else []
         handles += watch_routing(self.checkpoint, layer, prefix, routing) if routing else []
 
         def run(hidden: torch.Tensor, cache: Any = None) -> torch.Tensor:
@@ -150,19 +154,39 @@ class Blocks:
             head.to("meta")
 
 
-def observe(checkpoint: Checkpoint, layer: Any, prefix: str, observer: Observer) -> list[Any]:
+def _use_bfloat16(checkpoint: Checkpoint, layer: Any, prefix: str) -> list[Any]:
+    """Keep the matrices of a loaded layer that are BF16 in the file in BF16; the router stays float32.
+
+    Routed experts need the forward that ``observe`` gives them.
+    """
+    import torch
+
+    def is_half(names: Iterable[str]) -> bool:
+        return all(checkpoint.info(name).dtype == "BF16" for name in names)
+
+    handles: list[Any] = []
+    for name, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear) and is_half(tensor_names(checkpoint, f"{prefix}{name}.weight")):
+            handles.append(use_bfloat16(module))
+        elif _is_experts(module) and is_half(_expert_names(checkpoint, f"{prefix}{name}")):
+            for stacked in ("gate_up_proj", "down_proj"):
+                set_parameter(module, stacked, getattr(module, stacked).data.bfloat16())
+    return handles
+
+
+def observe(checkpoint: Checkpoint, layer: Any, prefix: str, observer: Observer | None) -> list[Any]:
     """Hook every linear map of a layer, routed experts included; returns handles to remove."""
     import torch
 
     handles: list[Any] = []
     for name, module in layer.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and observer is not None:
             tensor = tensor_names(checkpoint, f"{prefix}{name}.weight")[0]
             handles.append(module.register_forward_hook(_linear_hook(tensor, observer)))
         elif _is_experts(module):
             names = _expert_names(checkpoint, f"{prefix}{name}")
             module.forward = MethodType(_experts_forward(names, observer), module)
-            handles.append(_Restore(module))
+            handles.append(Restore(module))
     return handles
 
 
@@ -217,19 +241,8 @@ def change_inputs(layer: Any, change: Callable[[torch.Tensor], torch.Tensor]) ->
             handles.append(module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:])))
         elif _is_experts(module):
             module.forward = MethodType(_experts_forward(("", "", ""), None, change), module)
-            handles.append(_Restore(module))
+            handles.append(Restore(module))
     return handles
-
-
-class _Restore:
-    """Takes an instance's own forward away again."""
-
-    def __init__(self, module: Any) -> None:
-        self._module = module
-
-    def remove(self) -> None:
-        """Restore the class's forward."""
-        del self._module.forward
 
 
 def _linear_hook(name: str, observer: Observer | None) -> Any:
@@ -270,17 +283,15 @@ def _run_expert(
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One expert's output for tokens x (tokens, width), before its gate weight."""
-    from torch.nn.functional import linear
-
     gate_name, up_name, down_name = names
     width = module.gate_up_proj.shape[1] // 2
     x = x if change is None else change(x)
     gate_w, up_w = module.gate_up_proj[expert, :width], module.gate_up_proj[expert, width:]
-    gate, up = linear(x, gate_w), linear(x, up_w)
+    gate, up = product(x, gate_w), product(x, up_w)
     see(gate_name, expert, x, gate, gate_w)
     see(up_name, expert, x, up, up_w)
     mid = module.act_fn(gate) * up
     mid = mid if change is None else change(mid)
-    y = linear(mid, module.down_proj[expert])
+    y = product(mid, module.down_proj[expert])
     see(down_name, expert, mid, y, module.down_proj[expert])
     return y

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from quantkit.checkpoint.files import write_text
-from quantkit.encoders.base import default_threads
+from quantkit.encoders.threads import default_threads
 from quantkit.errors import MissingDependencyError, PlanError, QuantkitError
 from quantkit.formats import Format, formats
 from quantkit.jit import cache_root

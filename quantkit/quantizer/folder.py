@@ -31,7 +31,8 @@ from quantkit.checkpoint.safetensors_writer import (
     into_shards,
     shard_names,
 )
-from quantkit.encoders.base import check_finite, default_threads
+from quantkit.encoders.base import check_finite
+from quantkit.encoders.threads import default_threads
 from quantkit.errors import FormatError, OutputError, PlanError
 from quantkit.formats.tensors import TensorFormat
 from quantkit.progress import Progress

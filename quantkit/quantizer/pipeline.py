@@ -7,6 +7,7 @@ cache in the work directory, so an interrupted run goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -23,9 +24,9 @@ from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.files import refuse_existing, write_text
 from quantkit.checkpoint.gguf_writer import GgufWriter, TensorSpec, file_bytes, header_bytes, write_gguf
 from quantkit.encoders import get_encoder
-from quantkit.encoders.base import default_threads
 from quantkit.encoders.pins import pin
 from quantkit.encoders.stats import ActivationStats
+from quantkit.encoders.threads import default_threads, lone_products
 from quantkit.errors import OutputError, PlanError
 from quantkit.formats import get_format
 from quantkit.planning.artifact import HASH_BYTES, HASHES, bits_per_weight, output_metadata, tensor_specs
@@ -91,6 +92,10 @@ class Job:
         for expert in range(info.experts):
             for row in range(0, per_expert, step):
                 yield expert, expert * per_expert + row, expert * per_expert + min(row + step, per_expert)
+
+    def product_threads(self) -> int:
+        """Threads that make matrix products at the same time: methods without full moments make none."""
+        return self.threads if any(get_encoder(entry.method).needs_moments for entry in self.plan.tensors.values()) else 1
 
     def work(self, info: TensorInfo) -> Iterator[Callable[[], Packed]]:
         """The pieces of one tensor as calls, in order: from the cache, or to be encoded."""
@@ -173,7 +178,7 @@ def encode_all(
     calls = ((info.name, call) for info in infos for call in job.work(info))
     pieces: dict[str, list[Packed]] = {info.name: [] for info in infos}
     left = {info.name: get_format(plan.tensors[info.name].format).row_bytes(info.columns) * info.rows for info in infos}
-    with ThreadPoolExecutor(job.threads) as pool:
+    with ThreadPoolExecutor(job.threads) as pool, lone_products(job.product_threads()):
         for name, piece in in_order(pool, calls, ahead=2 * job.threads + 2):
             pieces[name].append(piece.reshape(-1))
             left[name] -= piece.nbytes
@@ -293,7 +298,9 @@ def _write_tensors(job: Job, writer: GgufWriter, specs: list[TensorSpec], advanc
             for call in job.work(info):
                 yield name, call
 
-    with ThreadPoolExecutor(job.threads) as pool, ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as flusher:
+    with contextlib.ExitStack() as stack:
+        pool, hasher, flusher = (stack.enter_context(ThreadPoolExecutor(count)) for count in (job.threads, 1, 1))
+        stack.enter_context(lone_products(job.product_threads()))
         hashing: Future[None] | None = None
         flushing: Future[None] | None = None
         unflushed = 0

@@ -31,8 +31,8 @@ from quantkit.analysis.run import PROBE_WEIGHTS, probe_windows
 from quantkit.analysis.texts import CalibrationText
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.roles import Role
-from quantkit.encoders.base import default_threads, map_threads
 from quantkit.encoders.stats import ActivationStats
+from quantkit.encoders.threads import default_threads, map_threads
 from quantkit.formats import get_format
 from quantkit.modeling.blocks import Blocks
 from quantkit.planning.plan import Plan
