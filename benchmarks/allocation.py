@@ -18,7 +18,8 @@ import numpy as np
 from common import SHARED, TOOLS, tool, write_results
 
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import analyze, decoded
+from quantkit.analysis.probing import decoded
+from quantkit.analysis.run import analyze
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.analysis.texts import load_calibration
 from quantkit.checkpoint import Checkpoint, open_checkpoint

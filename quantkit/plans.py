@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantkit.analysis.imatrix import load_stats
-from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, refit_windows, work_directory
+from quantkit.analysis.run import ANALYSIS, IMATRIX, attach_moments, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
+from quantkit.analysis.windows import refit_windows
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.files import write_text
 from quantkit.encoders.stats import ActivationStats

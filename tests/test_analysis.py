@@ -16,7 +16,8 @@ from quantkit.analysis.errors import measure_errors
 from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.predict import fill_predictions, fit_composition
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import ANALYSIS, IMATRIX, PICTURE, decoded
+from quantkit.analysis.probing import decoded
+from quantkit.analysis.run import ANALYSIS, IMATRIX, PICTURE
 from quantkit.analysis.sensitivity import FormatCost, Sensitivity, TensorSensitivity
 from quantkit.analysis.superweights import find_super_weights
 from quantkit.analysis.texts import CalibrationText, load_calibration

@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 import quantkit
-from quantkit.analysis.run import refit_windows
 from quantkit.analysis.texts import load_calibration
+from quantkit.analysis.windows import refit_windows
 from quantkit.checkpoint import open_checkpoint
 from quantkit.encoders.parameters import Parameters
 from quantkit.errors import PlanError

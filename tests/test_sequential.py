@@ -12,8 +12,8 @@ import torch
 import quantkit
 from quantkit.analysis.moments import MomentStore, column_blocks
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import probe_windows
 from quantkit.analysis.texts import load_calibration
+from quantkit.analysis.windows import probe_windows
 from quantkit.checkpoint import TensorInfo, open_checkpoint
 from quantkit.encoders.ldlq import DAMPING
 from quantkit.encoders.stats import ActivationStats

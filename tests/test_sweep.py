@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import decoded
+from quantkit.analysis.probing import decoded
 from quantkit.cli import main
 from quantkit.errors import PlanError
 from quantkit.planning import sweep as sweeping

@@ -214,12 +214,14 @@ class _Sums:
         weights, outputs = np.maximum(self._norms, 1e-30)
         by_rows, by_lookup = self._scales()
         out: dict[str, FormatCost] = {}
+        searched: dict[str, float] = {}
         gains: list[tuple[float, float]] = []
         for (name, method), e in self._errors.items():
             cost = FormatCost(
                 float(e[0] / weights), float(e[1] / outputs), float(e[2] * by_rows + e[3] * by_lookup), method=method
             )
             best = out.get(name)
+            searched.setdefault(name, cost.fisher_kld)  # ways gives ggml's search first
             if method == "two_sided" and best is not None and min(error_of(best), error_of(cost)) > 0:
                 gains.append((math.log(error_of(best)), math.log(error_of(cost) / error_of(best))))
             if best is None or error_of(cost) < error_of(best):
@@ -231,4 +233,6 @@ class _Sums:
                     factor = float(np.exp(np.interp(math.log(error_of(cost)), at, gain)))
                     if factor < 1:
                         cost.fisher_kld, cost.method = factor * cost.fisher_kld, "two_sided"
+        for name, cost in out.items():
+            cost.search_kld = searched[name]
         return out

@@ -28,22 +28,45 @@ def error_of(cost: FormatCost) -> float:
     return cost.fisher_kld if cost.fisher_kld > 0 else cost.activation_error
 
 
-def fill_predictions(tensor: TensorSensitivity) -> None:
+def probed_points(tensor: TensorSensitivity) -> list[tuple[float, float]]:
+    """(error, probed KL divergence) of the probed formats, from the smallest error on."""
+    return sorted((error_of(c), c.probe_kld) for c in tensor.formats.values() if c.probe_kld and error_of(c) > 0)
+
+
+def fill_all(tensors: Iterable[TensorSensitivity]) -> None:
+    """``fill_predictions`` of every tensor; those without probes go by what the probes of their role said, else of all."""
+    ratios: dict[str, list[float]] = {}
+    rest = []
+    for tensor in tensors:
+        points = probed_points(tensor)
+        if not points:
+            rest.append(tensor)
+            continue
+        fill_predictions(tensor)
+        ratios.setdefault(tensor.role, []).append(float(np.mean([math.log(k / e) for e, k in points])))
+    everywhere = [ratio for found in ratios.values() for ratio in found]
+    for tensor in rest:
+        known = ratios.get(tensor.role) or everywhere
+        fill_predictions(tensor, [(1.0, math.exp(float(np.mean(known))))] if known else [])
+
+
+def fill_predictions(tensor: TensorSensitivity, elsewhere: list[tuple[float, float]] | None = None) -> None:
     """Set ``predicted_kld`` of every format.
 
-    A probed format keeps its probe. Between probes log(KLD ÷ error) is interpolated over log(error), beyond
-    them it stays; without probes the Fisher estimate is the prediction. Costs never rise with more bits.
+    A probed format keeps its probe. Between probes log(KLD ÷ error) is interpolated over log(error), beyond them it
+    stays; without probes the Fisher estimate is the prediction. Costs never rise with more bits.
+
+    elsewhere: (error, KL divergence) of tensors like this one, for one without probes.
     """
-    points = [(error_of(c), c.probe_kld) for c in tensor.formats.values() if c.probe_kld and error_of(c) > 0]
-    points.sort()
+    points = probed_points(tensor) or sorted(elsewhere or [])
     log_error = [float(np.log(e)) for e, _ in points]
     log_ratio = [float(np.log(k / e)) for e, k in points]
     for cost in tensor.formats.values():
         if cost.probe_kld is not None:
             cost.predicted_kld = cost.probe_kld
         elif points and error_of(cost) > 0:
-            ratio = np.exp(np.interp(np.log(error_of(cost)), log_error, log_ratio))
-            cost.predicted_kld = float(ratio * error_of(cost))
+            here = np.exp(np.interp(np.log(error_of(cost)), log_error, log_ratio))
+            cost.predicted_kld = float(here * error_of(cost))
         else:
             cost.predicted_kld = cost.fisher_kld
     ordered = sorted(tensor.formats.items(), key=lambda item: get_format(item[0]).bpw())
@@ -70,8 +93,8 @@ def summed_cost(sensitivity: Sensitivity, formats: dict[str, str]) -> float:
     return sum(sensitivity.tensors[name].formats[fmt].predicted_kld for name, fmt in formats.items())
 
 
-def balanced_formats(sensitivity: Sensitivity, bpw: float) -> dict[str, str]:
-    """tensor → format at about ``bpw`` bits per weight, every tensor at the same price of a bit.
+def balanced_formats(sensitivity: Sensitivity, bpw: float) -> tuple[dict[str, str], float]:
+    """tensor → format at about ``bpw`` bits per weight, every tensor at the same price of a bit; and that price, in nats.
 
     Minimizes cost + price · bytes for each tensor by itself and bisects the price: what the exact solver
     finds, up to one step. Used to measure how costs add up before there is a plan.
@@ -90,4 +113,4 @@ def balanced_formats(sensitivity: Sensitivity, bpw: float) -> dict[str, str]:
         middle = math.sqrt(low * high)
         used = sum(get_format(f).bpw() * weights[name] for name, f in at(middle).items()) / total
         low, high = (middle, high) if used > bpw else (low, middle)
-    return at(high)
+    return at(high), high

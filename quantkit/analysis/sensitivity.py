@@ -12,7 +12,7 @@ from typing import Any
 
 from quantkit.errors import CalibrationError
 
-VERSION = 4
+VERSION = 5
 
 
 @dataclass
@@ -20,14 +20,15 @@ class FormatCost:
     """One tensor in one format.
 
     weight_error: ‖ΔW‖²/‖W‖². activation_error: the same of the layer's outputs, E‖ΔWx‖²/E‖Wx‖², with the
-    second moments E[xxᵀ] (their diagonal where no more was kept). method: the encoder that left the least. fisher_kld, probe_kld: KL divergence in nats per token by either estimator.
-    predicted_kld: what the planner uses.
+    second moments E[xxᵀ] (their diagonal where no more was kept). method: the encoder that left the least. fisher_kld, probe_kld: KL divergence in nats per token by either estimator;
+    search_kld: Fisher's for ggml's search alone. predicted_kld: what the planner uses.
     """
 
     weight_error: float
     activation_error: float
     fisher_kld: float
     probe_kld: float | None = None
+    search_kld: float | None = None
     predicted_kld: float = 0.0
     method: str = "ggml"
 
@@ -64,6 +65,8 @@ class Sensitivity:
     schemes: list[dict[str, Any]] = field(default_factory=list)
     composition: tuple[float, float] = (1.0, 1.0)
     coverage: list[dict[str, Any]] = field(default_factory=list)  # Coverage.to_json of every layer with routed experts
+    neighbours: list[dict[str, Any]] = field(default_factory=list)  # pairs of tensors, alone and together (neighbours.py)
+    groups: list[dict[str, Any]] = field(default_factory=list)  # Group.to_json, for models that are not probed
 
     def to_json(self) -> str:
         """The document as text."""

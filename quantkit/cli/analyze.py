@@ -35,6 +35,7 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
         click.echo("outlier channels: found, and moved by an exact rescaling; the analysis is of the rescaled weights")
         work = work / FOLDED
     print_sensitivity(sensitivity)
+    print_together(sensitivity)
     print_schemes(sensitivity)
     print_coverage(sensitivity)
     for weight in sensitivity.super_weights:
@@ -58,6 +59,25 @@ def print_coverage(sensitivity: Any) -> None:
     if sensitivity.coverage:
         tokens = sensitivity.coverage[0]["tokens"]
         print_table(f"routed experts: tokens each saw of {tokens:,}", COLUMNS, coverage_rows(sensitivity.coverage))
+
+
+def print_together(sensitivity: Any) -> None:
+    """How errors of neighbours add up, and what groups of tensors really cost where single ones were not measured."""
+    from quantkit.analysis.neighbours import neighbour_rows
+
+    if sensitivity.neighbours:
+        rows = neighbour_rows({name: t.role for name, t in sensitivity.tensors.items()}, sensitivity.neighbours)
+        title = f"neighbours, both in {sensitivity.neighbours[0]['format']}: measured KLD together ÷ sum of each alone"
+        print_table(title, ["roles", "pairs", "median (range)"], rows)
+    if sensitivity.groups:
+        parts = {-1: "", 0: "first third", 1: "middle third", 2: "last third"}
+        rows = [
+            [g["role"], parts[g["depth"]], g["format"], f"{g['estimated']:.1e}", f"{g['measured']:.1e}",
+             f"{g['measured'] / g['estimated']:.2f}" if g["estimated"] else "–"]
+            for g in sensitivity.groups
+        ]  # fmt: skip
+        columns = ["role", "layers", "format", "estimated", "measured", "ratio"]
+        print_table("groups, rounded by ggml's search: KLD in nats per token", columns, rows, left=3)
 
 
 def print_schemes(sensitivity: Any) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.analysis.run import PROBE_LOGITS, PROBE_TOKENS, decoded
+from quantkit.analysis.probing import decoded
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.analysis.texts import WINDOW, load_calibration, read_text, token_windows
+from quantkit.analysis.windows import PROBE_LOGITS, PROBE_TOKENS
 from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.transformed import TransformedCheckpoint
 from quantkit.encoders.stats import ActivationStats, TensorStats

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from quantkit.analysis.group_probes import group_key
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import decoded
+from quantkit.analysis.probing import decoded
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.encoders.stats import ActivationStats
@@ -28,7 +29,6 @@ from quantkit.planning.plan import Assignment, Plan
 from quantkit.progress import Progress
 
 ROUNDS = 3
-DEPTHS = 3  # parts of the model's depth that are corrected apart
 STEP = 0.7  # of the logarithm of the correction, taken at a time
 SWAPS = 12  # pairs measured at most
 LOW_BPW = 4.0  # budgets below are worth swaps
@@ -73,12 +73,6 @@ class Judge:
         return self._model.divergence(values)
 
 
-def group_of(checkpoint: Checkpoint, info: TensorInfo) -> tuple[str, int]:
-    """Role and part of the depth: tensors that are corrected together."""
-    depth = -1 if info.layer is None else DEPTHS * info.layer // checkpoint.n_layers
-    return info.role.value, depth
-
-
 def refit(
     checkpoint: Checkpoint, sensitivity: Sensitivity, stats: ActivationStats, windows: npt.NDArray[np.int64], solve: Solve,
     allowed: Allowed | None = None, progress: Progress | None = None,
@@ -93,7 +87,7 @@ def refit(
     factors: dict[tuple[str, int], float] = {}
 
     def cost(info: TensorInfo, fmt: type[Format]) -> float:
-        return factors.get(group_of(checkpoint, info), 1.0) * base(info, fmt)
+        return factors.get(group_key(checkpoint, info), 1.0) * base(info, fmt)
 
     best = solve(base)
     found = Refit(best, judge.measure(judge.values(best)))
@@ -126,7 +120,7 @@ def _correct(checkpoint: Checkpoint, judge: Judge, found: Refit, cost: CostOf, f
     groups: dict[tuple[str, int], list[TensorInfo]] = {}
     for name in values:
         info = checkpoint.info(name)
-        groups.setdefault(group_of(checkpoint, info), []).append(info)
+        groups.setdefault(group_key(checkpoint, info), []).append(info)
     true, believed = {}, {}
     for key, members in groups.items():
         names = {info.name for info in members}

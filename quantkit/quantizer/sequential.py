@@ -27,8 +27,9 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.analysis.probes import ProbeModel
-from quantkit.analysis.run import PROBE_WEIGHTS, probe_windows
+from quantkit.analysis.run import PROBE_WEIGHTS
 from quantkit.analysis.texts import CalibrationText
+from quantkit.analysis.windows import probe_windows
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.roles import Role
 from quantkit.encoders.stats import ActivationStats
