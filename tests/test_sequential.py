@@ -23,7 +23,7 @@ from quantkit.planning.standard import uniform_plan
 from quantkit.progress import Progress
 from quantkit.quantizer import pipeline, sequential
 from quantkit.quantizer.sequential_inputs import Inputs, Pairs
-from quantkit.quantizer.sequential_sums import Sums, add_up
+from quantkit.quantizer.sequential_sums import Sums, add_up, expert_ranges
 
 DOWN = TensorInfo("blk.0.ffn_down.weight", (24, 40), "F32")
 
@@ -79,6 +79,10 @@ def test_long_rows_are_corrected_block_by_block(monkeypatch):
     np.testing.assert_allclose(sums.target(weight, 0)[:, 10:20], apart.target(weight[:, 10:20], 0), rtol=1e-4, atol=1e-5)
 
 
+def everything(infos):
+    return {info.name: range(info.experts) for info in infos}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_pairs_of_two_equal_copies_are_equal_and_of_all_tensors(architecture, tmp_path):
     """Every tensor of every stage is seen, experts on the tokens that are routed to them, and nothing is lacking."""
@@ -89,7 +93,7 @@ def test_pairs_of_two_equal_copies_are_equal_and_of_all_tensors(architecture, tm
     with torch.inference_mode(), blocks[0].layer(0) as one, blocks[1].layer(0) as other:
         for roles in sequential.STAGES:
             infos = [info for info in checkpoint.tensors.values() if info.layer == 0 and info.role in roles]
-            with Inputs(*blocks, 0, {info.name for info in infos}) as inputs:
+            with Inputs(*blocks, 0, everything(infos)) as inputs:
                 pairs = list(inputs.of(one, other, states, states.clone()))
             assert {pair.name for pair in pairs} == {info.name for info in infos}
             for pair in pairs:
@@ -129,8 +133,8 @@ def test_what_attention_left_is_made_up_for(architecture, tmp_path):
     states = blocks[0].embed(ids)
     infos = [info for info in checkpoint.tensors.values() if info.layer == 0 and info.role in sequential.STAGES[3]]
     with torch.inference_mode(), blocks[0].layer(0) as one, blocks[1].layer(0) as other:
-        sums = {info.name: Sums(info) for info in infos}
-        with Inputs(*blocks, 0, set(sums)) as inputs:
+        sums = {info.name: Sums(info, range(info.experts)) for info in infos}
+        with Inputs(*blocks, 0, everything(infos)) as inputs:
             add_up(sums, inputs.of(one, other, states, states))
         wanted = one(states)
         before = (other(states) - wanted).square().mean()
@@ -203,6 +207,25 @@ def test_models_too_large_to_measure_and_tensors_too_large_for_memory(planned, t
     assert all(np.array_equal(found.given[name], plain[name]) for name in set(plain) - head)
 
 
+def test_experts_that_do_not_fit_into_memory_together_are_encoded_in_turns(planned, tmp_path, monkeypatch):
+    """One, two or all experts at a time give the same bytes."""
+    checkpoint, stats, plan, text = planned
+    text = replace(text, train=text.train[:16])
+    monkeypatch.setattr(sequential, "PROBE_WEIGHTS", 0)
+    whole = dict(sequential.sequential(checkpoint, plan, stats, text, tmp_path / "whole", Progress()).given)
+    assert any(checkpoint.info(name).experts > 2 for name in whole)
+    one = max(
+        8 * info.columns**2 + 4 * info.rows // info.experts * info.columns
+        for info in map(checkpoint.info, whole)
+        if info.experts > 1
+    )
+    for limit in (one, 2 * one):
+        monkeypatch.setattr("quantkit.quantizer.sequential_sums.LARGEST_BYTES", limit)
+        assert max(len(expert_ranges(checkpoint.info(name))) for name in whole) > 1
+        parts = sequential.sequential(checkpoint, plan, stats, text, tmp_path / str(limit), Progress()).given
+        assert all(np.array_equal(parts[name], whole[name]) for name in whole if expert_ranges(checkpoint.info(name)))
+
+
 def test_a_plan_in_one_format_and_a_head_of_its_own(tiny_folder, tmp_path):
     """Llama's rows are in another order in the file; its head is not the embedding."""
     checkpoint = open_checkpoint(tiny_folder("llama"))
@@ -232,8 +255,8 @@ def test_a_shared_expert_by_itself_still_knows_all_gates(tmp_path):
     shared = next(info.name for info in infos if info.experts == 1)
     found = []
     with torch.inference_mode(), blocks[0].layer(0) as one, blocks[1].layer(0) as other:
-        for names in ({info.name for info in infos}, {shared}):
-            with Inputs(*blocks, 0, names) as inputs:
+        for wanted in (everything(infos), {shared: range(1)}):
+            with Inputs(*blocks, 0, wanted) as inputs:
                 found += [pair for pair in inputs.of(one, other, states, 1.1 * states) if pair.name == shared]
     assert len(found) == 2
     assert torch.equal(found[0].residual, found[1].residual)

@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ from quantkit.planning.plan import Plan
 from quantkit.progress import Progress, Task
 from quantkit.quantizer.pipeline import TENSORS, Job, Packed, decode_all, encode_all
 from quantkit.quantizer.sequential_inputs import ADDED, Inputs, Pairs
-from quantkit.quantizer.sequential_sums import Sums, add_up, fits
+from quantkit.quantizer.sequential_sums import Sums, add_up, expert_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +163,7 @@ class Sequence:
         layers = self._original.n_layers
         task = self._progress.task("sequential", total=((len(STAGES) + 1) * layers + 1) * self._windows.size, unit="tokens")
         for info in self._todo({Role.EMBEDDING}):
-            self._encode(info, None)
+            self._finish(info, [self._encoded(info, None)])
         theirs, ours = ([blocks.embed(batch) for batch in batches] for blocks in (self._original, self._quantized))
         for index in range(layers):
             self._layer(index, theirs, ours, task)
@@ -185,13 +185,15 @@ class Sequence:
         with self._original.layer(index) as original, self._quantized.layer(index) as quantized, torch.inference_mode():
             for roles in STAGES:
                 todo = self._todo(roles, index)
-                sums = {info.name: Sums(info) for info in todo if fits(info)}
-                if sums:
-                    with Inputs(self._original, self._quantized, index, set(sums)) as inputs:
-                        for x, y in zip(theirs, ours, strict=True):
-                            add_up(sums, inputs.of(original, quantized, x, y))
+                ranges = {info.name: expert_ranges(info) for info in todo}
+                pieces: dict[str, list[Packed]] = {info.name: [] for info in todo}
+                for turn in range(max((len(found) for found in ranges.values()), default=0)):
+                    wanted = {name: found[turn] for name, found in ranges.items() if turn < len(found)}
+                    sums = self._sums(index, (original, theirs), (quantized, ours), wanted)
+                    for name in wanted:
+                        pieces[name].append(self._encoded(self._job.checkpoint.info(name), sums[name]))
                 for info in todo:
-                    self._encode(info, sums.get(info.name))
+                    self._finish(info, pieces[info.name] or [self._encoded(info, None)])
                 if todo:
                     self._quantized.reload(index)
                 task.advance(self._windows.size)
@@ -199,6 +201,16 @@ class Sequence:
                 for i, batch in enumerate(states):
                     states[i] = layer(batch)
         task.advance(self._windows.size)
+
+    def _sums(
+        self, index: int, theirs: tuple[Any, list[torch.Tensor]], ours: tuple[Any, list[torch.Tensor]], wanted: dict[str, range]
+    ) -> dict[str, Sums]:
+        """What some experts of some tensors see, by tensor. theirs, ours: the loaded layer and what goes into it."""
+        sums = {name: Sums(self._job.checkpoint.info(name), experts) for name, experts in wanted.items()}
+        with Inputs(self._original, self._quantized, index, wanted) as inputs:
+            for x, y in zip(theirs[1], ours[1], strict=True):
+                add_up(sums, inputs.of(theirs[0], ours[0], x, y))
+        return sums
 
     def _head(self, theirs: list[torch.Tensor], ours: list[torch.Tensor], task: Task) -> None:
         """The head, unless the embedding is used for it."""
@@ -209,12 +221,13 @@ class Sequence:
             with torch.inference_mode(), self._original.final_norm() as norm:
                 for x, y in zip(theirs, ours, strict=True):
                     sums.add(Pairs(info.name, 0, *(norm(states).flatten(0, 1) for states in (x, y))))
-            self._encode(info, sums)
+            self._finish(info, [self._encoded(info, sums)])
         task.advance(self._windows.size)
 
-    def _encode(self, info: TensorInfo, sums: Sums | None) -> None:
-        """Finish a tensor; without ``sums`` as the plain encoders would."""
+    def _encoded(self, info: TensorInfo, sums: Sums | None) -> Packed:
+        """Bytes of the experts that ``sums`` is about; without it of all, as the plain encoders would."""
         job, encode, rows = self._job, self._job.encode, info.rows // info.experts
+        experts = range(info.experts) if sums is None else sums.experts
         if sums is not None:
             assert job.stats is not None
             job = replace(job, stats=sums.stats(job.stats, info))
@@ -222,10 +235,14 @@ class Sequence:
             def target(expert: int) -> npt.NDArray[np.float32]:
                 return sums.target(job.checkpoint.read_rows(info.name, expert * rows, (expert + 1) * rows), expert)
 
-            targets = np.concatenate(map_threads(target, range(info.experts)))
+            targets, first = np.concatenate(map_threads(target, experts)), experts.start * rows
 
             def encode(info: TensorInfo, expert: int, start: int, stop: int) -> Packed:
-                return job.encode_rows(targets[start:stop], info, expert, start)
+                return job.encode_rows(targets[start - first : stop - first], info, expert, start)
 
-        pieces = map_threads(lambda part: encode(info, *part), list(job.slices(info)))
-        self._done.put(info.name, np.concatenate([piece.reshape(-1) for piece in pieces]).reshape(info.rows, -1))
+        parts = [part for part in job.slices(info) if part[0] in experts]
+        return np.concatenate([piece.reshape(-1) for piece in map_threads(lambda part: encode(info, *part), parts)])
+
+    def _finish(self, info: TensorInfo, pieces: list[Packed]) -> None:
+        """Keep a tensor, its bytes given in order."""
+        self._done.put(info.name, np.concatenate(pieces).reshape(info.rows, -1))

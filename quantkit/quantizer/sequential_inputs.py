@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,11 +72,13 @@ class _Seen:
 class Inputs:
     """Watches a loaded layer of both copies: ``of`` runs a batch through them and gives the pairs of some tensors."""
 
-    def __init__(self, original: Blocks, quantized: Blocks, index: int, names: set[str]) -> None:
-        self._original, self._index = original, index
+    def __init__(self, original: Blocks, quantized: Blocks, index: int, wanted: Mapping[str, range]) -> None:
+        """wanted: which experts of which tensors of the layer; range(1) for a tensor without experts."""
+        self._original, self._index, self._wanted = original, index, wanted
+        names = frozenset(wanted)
         self._infos = [original.checkpoint.info(name) for name in sorted(names)]
         gated = any(info.role in ROUTED | SHARED_ROLES for info in self._infos)  # all gates of the layer are needed
-        self._theirs, self._ours = (_Seen(frozenset() if gated else frozenset(names)) for _ in range(2))
+        self._theirs, self._ours = (_Seen(frozenset() if gated else names) for _ in range(2))
         self._watch = contextlib.ExitStack()
         for blocks, seen in ((original, self._theirs), (quantized, self._ours)):
             self._watch.enter_context(blocks.watch(index, seen, seen.route, seen.pass_middle))
@@ -118,12 +120,13 @@ class Inputs:
         assert theirs is not None and ours is not None
         lacking, gates = self._lacking(), self._gates()
         for expert in range(ours.logits.shape[1]):
+            names = {name: role for name, role in roles.items() if expert in self._wanted[name]}
             token, slot = (ours.chosen == expert).nonzero(as_tuple=True)
-            if not len(token):
+            if not names or not len(token):
                 continue
             seen = _Seen()
             self._original.show_expert(self._index, expert, theirs.x[token], seen)
-            for name, role in roles.items():
+            for name, role in names.items():
                 residual = None
                 if role in ADDED:
                     residual = lacking[token] * (ours.weights[token, slot] / gates[token])[:, None]

@@ -19,54 +19,56 @@ from quantkit.quantizer.sequential_inputs import JOINS, Pairs
 if TYPE_CHECKING:
     import torch
 
-LARGEST_BYTES = 1 << 30  # matrices of one tensor: one with more keeps its ordinary encoding
+LARGEST_BYTES = 1 << 30  # matrices of one tensor, or of as many of its experts as are encoded together
 
 
 class Sums:
     """Moments of one tensor's inputs in both copies, by expert and diagonal block of columns."""
 
-    def __init__(self, info: TensorInfo) -> None:
+    def __init__(self, info: TensorInfo, experts: range = range(1)) -> None:
+        """experts: those of the tensor that it is about."""
         import torch
 
         self.key = uuid.uuid4().hex
+        self.experts = experts
         blocks = column_blocks(info.columns)
         width = info.columns // blocks
-        self.counts = np.zeros(info.experts)
-        self.own = torch.zeros(info.experts, blocks, width, width)  # y yᵀ
-        self.lacking = torch.zeros(info.experts, blocks, width, width)  # (x − y) yᵀ
+        self.counts = np.zeros(len(experts))
+        self.own = torch.zeros(len(experts), blocks, width, width)  # y yᵀ
+        self.lacking = torch.zeros(len(experts), blocks, width, width)  # (x − y) yᵀ
         self.residual: torch.Tensor | None = None  # d yᵀ
 
     def add(self, pairs: Pairs) -> None:
         """Tokens of one expert."""
         import torch
 
-        x, y, blocks = pairs.original, pairs.quantized, self.own.shape[1]
+        x, y, blocks, place = pairs.original, pairs.quantized, self.own.shape[1], self.experts.index(pairs.expert)
         difference, width = x - y, self.own.shape[2]
         for block in range(blocks):
             part = slice(block * width, (block + 1) * width)
-            self.own[pairs.expert, block].addmm_(y[:, part].T, y[:, part])
-            self.lacking[pairs.expert, block].addmm_(difference[:, part].T, y[:, part])
+            self.own[place, block].addmm_(y[:, part].T, y[:, part])
+            self.lacking[place, block].addmm_(difference[:, part].T, y[:, part])
             if pairs.residual is not None:
                 if self.residual is None:
                     rows = pairs.residual.shape[1]
                     self.residual = torch.zeros(*self.own.shape[:2], rows, width)
-                self.residual[pairs.expert, block].addmm_(pairs.residual.T, y[:, part], alpha=1 / blocks)
-        self.counts[pairs.expert] += len(y)
+                self.residual[place, block].addmm_(pairs.residual.T, y[:, part], alpha=1 / blocks)
+        self.counts[place] += len(y)
 
     def target(self, weight: npt.NDArray[np.float32], expert: int) -> npt.NDArray[np.float32]:
         """W* of one expert, float32 (rows, columns); the weight itself where there were too few tokens to tell."""
         import scipy.linalg
 
         out = weight.copy()
-        width = self.own.shape[2]
+        width, place = self.own.shape[2], self.experts.index(expert)
         if not self._enough(expert):
             return out
         for block in range(self.own.shape[1]):
             part = slice(block * width, (block + 1) * width)
-            own = self.own[expert, block].double().numpy()
-            missing = weight[:, part] @ self.lacking[expert, block].numpy()
+            own = self.own[place, block].double().numpy()
+            missing = weight[:, part] @ self.lacking[place, block].numpy()
             if self.residual is not None:
-                missing = missing + self.residual[expert, block].numpy()
+                missing = missing + self.residual[place, block].numpy()
             own[np.diag_indices(width)] += DAMPING * np.trace(own) / width
             factor = scipy.linalg.cho_factor(own, lower=True)
             out[:, part] += scipy.linalg.cho_solve(factor, missing.T.astype(np.float64)).T.astype(np.float32)
@@ -74,13 +76,14 @@ class Sums:
 
     def _enough(self, expert: int) -> bool:
         """Whether there were tokens enough to tell: at least one for each column of a matrix."""
-        return bool(self.counts[expert] >= self.own.shape[2])
+        return bool(self.counts[self.experts.index(expert)] >= self.own.shape[2])
 
     def stats(self, known: ActivationStats, info: TensorInfo) -> ActivationStats:
         """Statistics of the tensor in the quantized copy; ``known`` ones for experts that saw too little."""
-        squares = np.stack([np.concatenate([np.diag(block) for block in expert]) for expert in self.own.numpy()])
-        counts = self.counts.copy()
-        for expert in range(info.experts):
+        squares, counts = np.zeros((info.experts, info.columns)), np.zeros(info.experts)
+        for place, expert in enumerate(self.experts):
+            squares[expert] = np.concatenate([np.diag(block) for block in self.own[place].numpy()])
+            counts[expert] = self.counts[place]
             if not self._enough(expert):
                 found = known.importance(info.name, expert)
                 squares[expert], counts[expert] = (0, 0) if found is None else (found, 1)
@@ -91,8 +94,9 @@ class Sums:
         """E[y yᵀ] of one expert."""
         if not self._enough(expert):
             return None
-        count = np.float32(self.counts[expert])
-        return Moments(f"{self.key} {expert}", lambda: np.asarray(self.own[expert].numpy() / count, np.float32))
+        place = self.experts.index(expert)
+        count = np.float32(self.counts[place])
+        return Moments(f"{self.key} {expert}", lambda: np.asarray(self.own[place].numpy() / count, np.float32))
 
 
 def add_up(sums: dict[str, Sums], pairs: Iterable[Pairs]) -> None:
@@ -106,11 +110,12 @@ def add_up(sums: dict[str, Sums], pairs: Iterable[Pairs]) -> None:
         last = pair
 
 
-def fits(info: TensorInfo) -> bool:
-    """Whether the matrices of a tensor may be held in memory."""
+def expert_ranges(info: TensorInfo) -> list[range]:
+    """A tensor's experts in parts whose matrices may be held in memory together; none if one expert's are too large."""
     blocks = column_blocks(info.columns)
-    residual = info.rows * info.columns if info.role in JOINS else 0
-    return 4 * (2 * info.experts * info.columns * (info.columns // blocks) + residual) <= LARGEST_BYTES
+    residual = info.rows // info.experts * info.columns if info.role in JOINS else 0
+    together = LARGEST_BYTES // (4 * (2 * info.columns * (info.columns // blocks) + residual))
+    return [range(i, min(i + together, info.experts)) for i in range(0, info.experts, together)] if together else []
 
 
 @dataclass
