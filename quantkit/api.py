@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
-from quantkit.errors import OutputError, PlanError, QuantkitError
+from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
 from quantkit.planning.budget import Request, parse_size
 from quantkit.planning.memory import Run
@@ -32,6 +33,7 @@ from quantkit.quantizer.folder import folder_name
 from quantkit.quantizer.folder import run as write_folder
 from quantkit.quantizer.folder_plan import folder_format
 from quantkit.quantizer.manifest import Manifest, manifest_path
+from quantkit.quantizer.measured import measure
 from quantkit.quantizer.pipeline import TENSORS, Packed, check_output
 from quantkit.quantizer.pipeline import run as run_quantizer
 from quantkit.quantizer.refine import check_refinable, refined
@@ -175,6 +177,8 @@ def quantize(
         notes=notes,
         progress=options.progress,
     )
+    if plan == "dynamic" and stats is not None:
+        _record_measured(checkpoint, target.with_name(manifest.file), manifest, options)
     if rules.adapter_bytes:
         assert stats is not None
         found = write_repair(
@@ -183,6 +187,18 @@ def quantize(
         manifest.notes.append(found.note)
         write_text(manifest_path(target), manifest.to_json())
     return target.with_name(manifest.file), manifest
+
+
+def _record_measured(checkpoint: Checkpoint, path: Path, manifest: Manifest, options: Options) -> None:
+    """Measure a finished file and write that beside its prediction into the manifest."""
+    work = work_directory(checkpoint.path, options.work)
+    try:
+        text = text_behind(checkpoint, options, Sensitivity.read(work / ANALYSIS).calibration)
+    except CalibrationError as error:
+        manifest.notes.append(f"the file was not measured: {error}")
+    else:
+        manifest.plan["measured_kld"] = asdict(measure(checkpoint, path, text, options.progress))
+    write_text(manifest_path(path), manifest.to_json())
 
 
 def _adapter_of(path: Path) -> Path:

@@ -12,7 +12,7 @@ FISHER_TOKENS = 8192  # behind the rows of the outputs, and at most an eighth of
 MOMENT_TOKENS = 32768  # behind their full moments, and at most half of the text
 FEWEST_FISHER_TOKENS = 2048
 SCHEME_TOKENS = 2048
-LARGE_TOKENS = 1024  # of schemes and groups, for models that are not probed
+LARGE_TOKENS = 1024  # of schemes, groups and finished files, for models that are not probed
 PROBE_TOKENS = 4096
 REFIT_TOKENS = 12288
 PROBE_LOGITS = 1 << 28  # probed positions × vocabulary held in memory at most
@@ -39,7 +39,17 @@ def scheme_windows(text: CalibrationText, large: bool) -> Windows:
 
 def probe_windows(checkpoint: Checkpoint, text: CalibrationText) -> Windows:
     """Windows that probes are measured on: as many as their logits leave room for."""
-    return spread(text.dev, min(PROBE_TOKENS, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), text.window)))
+    return spread(text.dev, _with_logits(checkpoint, text, PROBE_TOKENS))
+
+
+def judging_windows(checkpoint: Checkpoint, text: CalibrationText, large: bool) -> Windows:
+    """Windows that a finished file is measured on, of those of ``refit_windows``."""
+    return spread(refit_windows(checkpoint, text), _with_logits(checkpoint, text, LARGE_TOKENS if large else PROBE_TOKENS))
+
+
+def _with_logits(checkpoint: Checkpoint, text: CalibrationText, tokens: int) -> int:
+    """At most so many tokens that the logits of all of them may be held in memory; a window at least."""
+    return min(tokens, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), text.window))
 
 
 def refit_windows(checkpoint: Checkpoint, text: CalibrationText) -> Windows:

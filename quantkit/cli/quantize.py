@@ -56,6 +56,7 @@ def command(
     from quantkit.api import quantize
     from quantkit.errors import PlanError
     from quantkit.planning.budget import parse_size
+    from quantkit.quantizer.measured import Measured
 
     if mix and plan:
         raise PlanError(f"both {mix} and --plan {plan} name a plan", hint="give one of them")
@@ -77,6 +78,8 @@ def command(
         click.echo(f"note: {note}", err=True)
     predicted = manifest.plan.get("predicted_kld")
     expected = f", predicted KLD {predicted:.4g} nats/token" if predicted is not None else ""
+    if (measured := manifest.plan.get("measured_kld")) is not None:
+        expected += f", measured {Measured(**measured)}"
     tokens = manifest.plan.get("budget", {}).get("tokens_per_second")
     expected += f", predicted {tokens:.4g} tokens/s" if tokens is not None else ""
     click.echo(f"{path}: {size(manifest.file_bytes)}, {manifest.bpw:.3f} bpw, {manifest.plan['name']}{expected}, "
