@@ -54,7 +54,7 @@ LEGACY = ("Q4_0", "Q5_0", "Q8_0")  # mixes for a model whose rows no block of 25
 SMALL = "stories260K"
 MODELS = ("qk-dense-6m", "qk-moe-11m", *RECIPES, SMALL)
 PEER_MIXES = ("Q4_K_M", "Q3_K_M", "Q2_K")
-FLOOR_MIXES = ("Q6_K", "Q8_0")
+FLOOR_MIXES = ("Q5_K_M", "Q6_K", "Q8_0")
 TEXTS: dict[str, tuple[str, int | None]] = {  # file, and how many characters of its end are judged (None: all)
     "stories": ("tinystories/heldout.txt", None), "wikitext": ("wikitext2/wiki.test.raw", None),
     "code": ("calibration/code.utf8", 150_000), "technical": ("calibration/technical.utf8", 150_000),

@@ -75,12 +75,22 @@ def test_product_and_gram():
     assert 0 < float((gram(x, True) - x.T @ x).norm() / (x.T @ x).norm()) < 0.01
 
 
-def test_fast_float32_ends_with_its_block():
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    with pytest.raises(ValueError), fast_float32():
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+def test_fast_float32_ends_with_its_block_and_leaves_exact_products_exact(monkeypatch):
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with pytest.raises(ValueError), fast_float32(exact=False):
+        assert matmul.fp32_precision == "bf16"
         raise ValueError
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert matmul.fp32_precision == before
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    with fast_float32():
+        assert matmul.fp32_precision == before
+    monkeypatch.undo()
+    x, y = torch.randn(200, 256), torch.randn(256, 300)
+    with fast_float32():
+        product = x @ y
+    exact = x.double() @ y.double()
+    assert float((product - exact).norm() / exact.norm()) < 2e-6
 
 
 def test_products_run_on_one_thread_each_while_several_threads_make_them():

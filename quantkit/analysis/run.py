@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -42,6 +41,7 @@ def work_directory(checkpoint_path: Path, work: Path | None) -> Path:
     return Path(f"{model.name.removesuffix('.gguf')}.quantkit")
 
 
+@fast_float32()
 def analyze(
     checkpoint: Checkpoint,
     work: Path,
@@ -69,7 +69,7 @@ def analyze(
     shutil.rmtree(work / MOMENTS, ignore_errors=True)  # and neither must their moments
     large = checkpoint.n_weights > PROBE_WEIGHTS
     known: Decoded | None = {} if checkpoint.n_weights <= KEPT_WEIGHTS else None
-    with fast_float32() if large else contextlib.nullcontext():
+    with fast_float32(exact=not large):
         seen, fisher = _passes(checkpoint, text, imatrix, work, key, effort, large and bfloat16_is_fast(), progress)
         tensors = measure_errors(checkpoint, seen.stats, fisher, progress, known)
         for name, fact in seen.facts.items():

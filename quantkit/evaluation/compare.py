@@ -20,6 +20,7 @@ from quantkit.checkpoint.adapter import AdaptedCheckpoint, read_adapter
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.runners import Runner, RunnerPool
 from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
+from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
 from quantkit.progress import Progress
 from quantkit.quantizer.manifest import Manifest, manifest_path
@@ -75,6 +76,7 @@ def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, l
     return np.array(rows, dtype=np.int64)
 
 
+@fast_float32()
 def compare(
     reference: Path, candidates: list[Path], texts: list[Path], *,
     runtime: str = "torch", window: int = 512, limit: int | None = None, progress: Progress | None = None,

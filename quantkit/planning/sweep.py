@@ -21,6 +21,7 @@ from quantkit.checkpoint.transformed import TransformedCheckpoint
 from quantkit.encoders.stats import ActivationStats, TensorStats
 from quantkit.errors import PlanError
 from quantkit.formats import get_format
+from quantkit.modeling.products import fast_float32
 from quantkit.planning.artifact import stock_bytes
 from quantkit.planning.budget import Request, budget_bytes
 from quantkit.planning.dynamic import dynamic_plan, size_range, total_prediction
@@ -222,6 +223,7 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+@fast_float32()
 def measure_sweep(
     sweep: Sweep, checkpoint: Checkpoint, stats: ActivationStats, windows: npt.NDArray[np.int64], names: list[str],
     progress: Progress | None = None,

@@ -15,6 +15,7 @@ from quantkit.analysis.windows import judging_windows
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.metrics import kl_divergence
 from quantkit.modeling.blocks import Blocks
+from quantkit.modeling.products import fast_float32
 from quantkit.progress import Progress
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def measure(checkpoint: Checkpoint, path: Path, text: CalibrationText, progress:
     return Measured(float(found.mean()), float(found.std() / max(len(found), 2) ** 0.5), windows.size)
 
 
+@fast_float32()
 def divergences(
     original: Checkpoint, other: Checkpoint, windows: npt.NDArray[np.int64], progress: Progress
 ) -> npt.NDArray[np.float32]:

@@ -27,6 +27,7 @@ from quantkit.encoders.parameters import Parameters
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import PlanError
 from quantkit.formats import Format, get_format
+from quantkit.modeling.products import fast_float32
 from quantkit.modeling.skeleton import materialized_model, row_order, tensor_names
 from quantkit.planning.plan import Plan
 from quantkit.progress import Progress
@@ -233,6 +234,7 @@ def refine(
     return Refined(refinement.pack() if after < before else {}, before, min(before, after))
 
 
+@fast_float32()
 def refined(
     checkpoint: Checkpoint,
     plan: Plan,

@@ -23,6 +23,7 @@ from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.encoders.stats import ActivationStats
 from quantkit.formats import Format, get_format
+from quantkit.modeling.products import fast_float32
 from quantkit.planning.artifact import bits_per_weight, planned_bytes
 from quantkit.planning.dynamic import CostOf, data_bytes, predicted_cost, total_prediction
 from quantkit.planning.plan import Assignment, Plan
@@ -73,6 +74,7 @@ class Judge:
         return self._model.divergence(values)
 
 
+@fast_float32()
 def refit(
     checkpoint: Checkpoint, sensitivity: Sensitivity, stats: ActivationStats, windows: npt.NDArray[np.int64], solve: Solve,
     allowed: Allowed | None = None, progress: Progress | None = None,

@@ -36,6 +36,7 @@ from quantkit.encoders.stats import ActivationStats
 from quantkit.encoders.threads import default_threads, map_threads
 from quantkit.formats import get_format
 from quantkit.modeling.blocks import Blocks
+from quantkit.modeling.products import fast_float32
 from quantkit.planning.plan import Plan
 from quantkit.progress import Progress, Task
 from quantkit.quantizer.pipeline import TENSORS, Job, Packed, decode_all, encode_all
@@ -128,6 +129,7 @@ class Sequential:
         return f"sequential: KLD {self.before:.4g} → {self.after:.4g} nats/token on calibration text set apart"
 
 
+@fast_float32()
 def sequential(
     checkpoint: Checkpoint, plan: Plan, stats: ActivationStats, text: CalibrationText, work: Path, progress: Progress
 ) -> Sequential:
