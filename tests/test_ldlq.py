@@ -149,4 +149,4 @@ def test_effort_1_is_ggmls_search_alone(tmp_path):
     sensitivity = quantkit.analyze(tiny.DENSE, work=tmp_path / "work", calibration=[text], tokens=2048, probes=False, effort=1)
     assert {c.method for t in sensitivity.tensors.values() for c in t.formats.values()} <= {"ggml", "nearest"}
     assert not (tmp_path / "work" / MOMENTS).exists()
-    assert json.loads((tmp_path / "work" / "analysis.json").read_text())["quantkit_analysis"] == 4
+    assert json.loads((tmp_path / "work" / "analysis.json").read_text())["quantkit_analysis"] == 5
