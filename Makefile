@@ -2,7 +2,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-formats bench-low-bits bench-quality bench-quantize \
+.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-formats bench-low-bits bench-quality bench-quantize \
 	bench-super-weights bench-twins clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
@@ -37,6 +37,10 @@ $(VENV)/.installed-dev: pyproject.toml tools/build_llama.py
 bench-allocation: setup-dev  ## dynamic plans against llama-quantize at equal bytes (needs ../shared)
 	$(PY) benchmarks/allocation.py
 
+bench-cost: setup-dev  ## time of a dynamic file against llama-imatrix and llama-quantize, half an hour
+	$(PY) benchmarks/cost.py $(ARGS)
+	$(PY) tools/write_results.py
+
 bench-formats: setup-dev  ## every format against ggml's C: encode, decode, compile
 	$(PY) benchmarks/formats.py
 
@@ -45,6 +49,7 @@ bench-low-bits: setup-dev  ## about 2 bits per weight: with and without I-quants
 
 bench-quality: setup-dev  ## all methods, llama-quantize and other quantizers at equal bytes (needs ../shared; ARGS=...)
 	$(PY) benchmarks/quality.py $(ARGS)
+	$(PY) tools/write_results.py
 
 bench-quantize: setup-dev  ## wall time and memory against llama-quantize on a file of over 1 GB
 	$(PY) benchmarks/quantize.py

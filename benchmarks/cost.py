@@ -1,6 +1,6 @@
 """What a dynamic file costs in time, against llama-imatrix and llama-quantize on the same text and tokens.
 
-    python benchmarks/cost.py                       # --efforts 1 2 --tokens 65536, about half an hour on two cores
+    make bench-cost                                 # --efforts 1 2 --tokens 65536, about half an hour on two cores
     python benchmarks/cost.py --tokens 16384        # less text: fixed costs weigh more
 
 The model is the 1.1 GB Llama with random weights of benchmarks/quantize.py. Every program runs as a process of its own
@@ -127,6 +127,7 @@ def extrapolate(size: Size, theirs: dict[str, float], pieces: dict[int, dict[str
             "Fisher information": found.get("Fisher information", 0.0) * products,
             "measure formats": found.get("measure formats", 0.0) * size.pieces() / OURS.pieces(),
             "measure activations and cache": found.get("measure activations and cache", 0.0) * products,
+            "measure groups and the file": (found.get("measure groups", 0.0) + found.get("measure the file", 0.0)) * products,
             "encode": (found.get("quantize", 0.0) + found["rest"]) * weights,
         }
         total = sum(grown.values())
@@ -171,7 +172,7 @@ def main() -> None:
     larger = [extrapolate(size, theirs, pieces, given.tokens) for size in LARGER]
     extra = {"llama": {name: round(value, 1) for name, value in theirs.items()}, "cold_start": cold, "on_paper": larger}
     print(json.dumps(extra, indent=1))
-    print(f"written: {write_results('cost', 'python benchmarks/cost.py', rows, **extra)}")
+    print(f"written: {write_results('cost', 'make bench-cost', rows, **extra)}")
 
 
 if __name__ == "__main__":
