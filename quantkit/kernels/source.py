@@ -1,0 +1,279 @@
+"""Triton source of decoders, written from the statement of a format's layout.
+
+A decoder gives the weights of whole blocks in pieces. A piece holds the weights whose bits lie at the same shift of
+consecutive bytes, as a tile (blocks, runs, length): its bytes are loaded wide, its shifts and masks are constants, and
+a run shares its scale, so that nothing is gathered where arithmetic will do. Where each bit lies is asked of the layout
+as numbers; the numbers are then turned back into arithmetic on the tile's two indices (``fitted``). The order of
+operations is that of ``Format.decode_blocks``, and so are the bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from quantkit.formats import Format
+from quantkit.formats.grids import grid
+from quantkit.formats.layout import Grid, Integers, Linear, Trits
+
+Numbers = npt.NDArray[np.int64]
+RUN, LANE = "q", "i"  # names of the tile's indices in the source
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Weights decoded together. elements: their numbers in the block, int64 (runs, length)."""
+
+    elements: Numbers
+
+    @property
+    def runs(self) -> int:
+        return self.elements.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.elements.shape[1]
+
+
+def pieces_of(fmt: type[Format]) -> list[Piece]:
+    """The pieces of a block, which together cover every weight once."""
+    whole = np.arange(fmt.elements)
+    if isinstance(fmt.codes, Trits):
+        out, first = [], 0
+        for _, start, stop, run, digits in fmt.codes.runs:
+            part = whole[first : first + (stop - start) * digits].reshape(-1, digits, run)
+            out += [Piece(part[:, digit]) for digit in range(digits)]
+            first += (stop - start) * digits
+        return out
+    group = fmt.elements // fmt.groups()
+    if isinstance(fmt.values, Grid):
+        return [Piece(whole.reshape(-1, grid(fmt.values.name).shape[1]))]
+    assert fmt.codes is not None
+    planes = fmt.codes.parts[0]
+    shifts, run = len(planes[0].shifts(fmt.layout)), planes[0].run
+    if shifts == 1 or run == 1:  # neighbours share a byte: no shift is the same for a run
+        return [Piece(whole.reshape(-1, group))]
+    length = min([group, *(plane.run for plane in planes if plane.run > 1)])
+    return [Piece(part.reshape(-1, length)) for part in whole.reshape(-1, shifts, run).swapaxes(0, 1)]
+
+
+def fitted(numbers: Numbers) -> str | None:
+    """Arithmetic on the tile's indices that gives ``numbers`` (runs, length), or None if sums of digits do not."""
+    start = int(numbers[0, 0])
+    terms, left = [], numbers - start
+    for axis, name in ((0, RUN), (1, LANE)):
+        size = numbers.shape[axis]
+        index = np.arange(size).reshape((-1, 1) if axis == 0 else (1, -1))
+        along = left[:, 0] if axis == 0 else left[0]
+        bits = [(1 << b, int(along[1 << b])) for b in range(size.bit_length() - 1)]  # what each bit of the index adds
+        while bits:
+            weight, step = bits.pop(0)
+            width = 2
+            while bits and bits[0][1] == step * width:
+                bits.pop(0)
+                width *= 2
+            left = left - index // weight % width * step
+            if step:
+                digit = name if weight == 1 else f"({name} // {weight})"
+                digit = digit if weight * width >= size else f"({digit} % {width})"
+                terms.append(digit if step == 1 else f"{digit} * {step}")
+    if left.any():
+        return None
+    return " + ".join(([str(start)] if start or not terms else []) + terms)
+
+
+class Writer:
+    """Collects the lines of a function body for one piece."""
+
+    def __init__(self, fmt: type[Format], piece: Piece) -> None:
+        self.fmt, self.piece, self.count = fmt, piece, 0
+        self.lines = [
+            f"{RUN} = tl.arange(0, {piece.runs})[None, :, None]",
+            f"{LANE} = tl.arange(0, {piece.length})[None, None, :]",
+        ]
+
+    def name(self, code: str, stem: str) -> str:
+        """A new variable for an expression."""
+        self.count += 1
+        self.lines.append(f"{stem}{self.count} = {code}")
+        return f"{stem}{self.count}"
+
+    def integers(self, part: Integers, items: Numbers) -> str:
+        """Integers of a vector, by number (runs, length) or (runs, 1)."""
+        bits = part.positions(self.fmt.layout)[items]  # (runs, length, width): where every bit lies
+        value = self.name(self._gathered(bits), "n")
+        if part.signed:
+            flip = 1 << (part.width - 1)
+            value = self.name(f"({value} ^ {flip}) - {flip}", "n")
+        return value
+
+    def _gathered(self, bits: Numbers) -> str:
+        """Code of integers from the places of their bits (runs, length, width), split where no one rule holds for all runs."""
+        parts = self._stretches(bits)
+        if parts is not None:
+            codes = [self._fetched(bits[..., low:high], low) for low, high in parts]
+            if all(code is not None for code in codes):
+                return " | ".join(code for code in codes if code is not None)
+        middle = len(bits) // 2
+        if not middle:
+            raise ValueError(f"{self.fmt.name}: no rule for where its bits lie")
+        low, high = (self._gathered(np.concatenate([half, half])) for half in (bits[:middle], bits[middle:]))
+        return f"tl.where({RUN} < {middle}, {low}, {high})"
+
+    @staticmethod
+    def _stretches(bits: Numbers) -> list[tuple[int, int]] | None:
+        """Ranges of an integer's bits that follow each other in the block, if they are the same for all; else None."""
+        width = bits.shape[-1]
+        follows = np.diff(bits, axis=-1) == 1
+        if (follows.any((0, 1)) != follows.all((0, 1))).any():
+            return None
+        breaks = [0, *(int(b) + 1 for b in np.flatnonzero(~follows.all((0, 1)))), width]
+        return list(pairwise(breaks))
+
+    def _fetched(self, bits: Numbers, to: int) -> str | None:
+        """Code of consecutive bits, moved to bit ``to``."""
+        width, lowest = bits.shape[-1], bits[..., 0]
+        byte, shift = fitted(lowest // 8), fitted(lowest % 8)
+        over = int((lowest % 8).max()) + width > 8  # into the next byte
+        if byte is None or shift is None:
+            bit = fitted(lowest)
+            if bit is None:
+                return None
+            bit = self.name(bit, "bit")
+            byte, shift = f"({bit} >> 3)", f"{bit} & 7"
+        code = f"tl.load(base + ({byte}), mask=live, other=0).to(tl.int32)"
+        if over:
+            code = f"({code} | (tl.load(base + ({byte} + 1), mask=live, other=0).to(tl.int32) << 8))"
+        if shift != "0":
+            code = f"({code} >> ({shift}))"
+        if over or not shift.isdigit() or int(shift) + width != 8:
+            code = f"({code} & {2**width - 1})"
+        return f"({code} << {to})" if to else code
+
+    def half(self, field: str) -> str:
+        """A half-precision field of every block, float32."""
+        place = int(self.fmt.layout.fields[field][1])  # type: ignore[index]
+        pointer = f"(base + {place}).to(tl.pointer_type(tl.float16))"
+        return self.name(f"tl.load({pointer}, mask=live, other=0.0).to(tl.float32)", "half")
+
+
+def scale(out: Writer, groups: Numbers) -> str:
+    """Scales of the runs, float32 (blocks, runs, 1). groups: int64 (runs, 1)."""
+    fmt = out.fmt
+    if fmt.scale_table is not None:
+        assert fmt.scales is not None
+        code = out.integers(fmt.scales, groups)
+        if fmt.scale_table == "e8m0_half":
+            return out.name(f"tl.where({code} < 2, 0x00200000 << {code}, ({code} - 1) << 23).to(tl.float32, bitcast=True)", "s")
+        return out.name(f"tl.load(scales + {code})", "s")
+    if isinstance(fmt.block_scale, Integers):
+        block = fmt.block_scale
+        parts = [f"({out.integers(block, np.full_like(groups, k))} << {block.width * k})" for k in range(block.items(fmt.layout))]
+        d = out.name(f"({' | '.join(parts)}).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)", "d")
+    else:
+        assert fmt.block_scale is not None
+        d = out.half(fmt.block_scale)
+    if fmt.scales is None:
+        return d
+    rule, code = fmt.scale_rule, f"{out.integers(fmt.scales, groups)}.to(tl.float32)"
+    code = f"({rule.step} * {code})" if rule.step != 1 else code
+    code = f"({rule.offset} + {code})" if rule.offset else code
+    return out.name(f"{d} * {code}" + (f" * {rule.factor}" if rule.factor != 1 else ""), "s")
+
+
+def packed_table(entries: tuple[int, ...]) -> list[int]:
+    """Small integers, eight to a 64-bit word."""
+    raw = np.array(entries, np.int8).tobytes().ljust(-(-len(entries) // 8) * 8, b"\0")
+    return [int(v) for v in np.frombuffer(raw, np.int64)]
+
+
+def values(out: Writer, number: int) -> str:
+    """What the codes of a piece stand for, float32 (blocks, runs, length), with signs and shifts."""
+    fmt, piece = out.fmt, out.piece
+    if isinstance(fmt.codes, Trits):
+        return digits(out, number)
+    if isinstance(fmt.values, Grid):
+        return book_values(out)
+    assert fmt.codes is not None
+    code = out.integers(fmt.codes, piece.elements)
+    if isinstance(fmt.values, Linear):
+        return out.name(f"({code} - {fmt.values.zero}).to(tl.float32)" if fmt.values.zero else f"{code}.to(tl.float32)", "v")
+    words = packed_table(fmt.values.entries)
+    word = (
+        f"tl.full({code}.shape, {words[0]}, tl.int64)"
+        if len(words) == 1
+        else (f"tl.where({code} < 8, tl.full({code}.shape, {words[0]}, tl.int64), tl.full({code}.shape, {words[1]}, tl.int64))")
+    )
+    return out.name(f"({word} >> (({code} & 7) * 8).to(tl.int64)).to(tl.int8).to(tl.float32)", "v")
+
+
+def digits(out: Writer, number: int) -> str:
+    """Codes in base three: a multiplication pushes the digit out of the byte's top."""
+    fmt, first = out.fmt, 0
+    assert isinstance(fmt.codes, Trits) and isinstance(fmt.values, Linear)
+    for name, start, _, run, count in fmt.codes.runs:
+        if first <= number < first + count:
+            at = int(fmt.layout.fields[name][1]) + start  # type: ignore[index]
+            byte = f"tl.load(base + ({at} + {RUN} * {run} + {LANE}), mask=live, other=0).to(tl.int32)"
+            return out.name(f"(((({byte} * {3 ** (number - first)}) & 255) * 3 >> 8) - {fmt.values.zero}).to(tl.float32)", "v")
+        first += count
+    raise ValueError(f"{fmt.name} has no piece {number}")
+
+
+def book_values(out: Writer) -> str:
+    """Rows of a code book: one load for all weights of a row."""
+    fmt, elements = out.fmt, out.piece.elements
+    entry = out.integers(fmt.codes, elements[:, :1] // out.piece.length)  # type: ignore[arg-type]
+    row = out.name(f"tl.load(book + {entry}, mask=live, other=0)", "row")
+    v = out.name(f"({row} >> ({LANE} * 8)).to(tl.int8).to(tl.float32)", "v")
+    if fmt.shifts is not None:
+        down = out.integers(fmt.shifts, elements[:, :1] // (fmt.elements // fmt.shifts.items(fmt.layout)))
+        v = out.name(f"{v} + tl.where({down} != 0, {-fmt.shift}, {fmt.shift})", "v")
+    if fmt.signs is None:
+        return v
+    if fmt.signs.width == 1:
+        bit = out.integers(fmt.signs, elements)
+    else:  # seven signs, and an eighth that makes their number even
+        seven = out.integers(fmt.signs, elements[:, :1] // 8)
+        odd = out.name(f"{seven} ^ ({seven} >> 4)", "odd")
+        odd = out.name(f"{odd} ^ ({odd} >> 2)", "odd")
+        byte = out.name(f"{seven} | ((({odd} ^ ({odd} >> 1)) & 1) << 7)", "byte")
+        bit = out.name(f"({byte} >> ({fitted(elements % 8)})) & 1", "bit")
+    return out.name(f"tl.where({bit} != 0, -{v}, {v})", "v")
+
+
+def body(fmt: type[Format], piece: Piece, number: int) -> list[str]:
+    """Lines that return a piece's weights."""
+    out = Writer(fmt, piece)
+    groups = piece.elements[:, :1] // (fmt.elements // fmt.groups())
+    weight = f"{scale(out, groups)} * {values(out, number)}"
+    if fmt.block_minimum is not None:
+        m = out.half(fmt.block_minimum)
+        if fmt.minimums is not None:
+            m = out.name(f"{m} * {out.integers(fmt.minimums, groups)}.to(tl.float32)", "m")
+        weight = f"{weight} {'-' if fmt.minimum_sign < 0 else '+'} {m}"
+    return [*out.lines, f"w = {weight}"]
+
+
+def decoder_source(fmt: type[Format]) -> str:
+    """Triton source of two functions: ``decode`` gives the weights of a piece, ``where`` their numbers in the block."""
+    lines = [
+        "import triton",
+        "import triton.language as tl",
+        "",
+        "",
+        "@triton.jit",
+        "def decode(base, live, book, scales, piece: tl.constexpr):",
+    ]
+    pieces = pieces_of(fmt)
+    for number, piece in enumerate(pieces):
+        lines.append(f"    {'if' if not number else 'elif'} piece == {number}:")
+        lines += [f"        {line}" for line in body(fmt, piece, number)]
+    lines += ["    return w", "", "", "@triton.jit", "def where(piece: tl.constexpr):"]
+    for number, piece in enumerate(pieces):
+        lines.append(f"    {'if' if not number else 'elif'} piece == {number}:")
+        lines += [f"        {line}" for line in Writer(fmt, piece).lines] + [f"        e = {fitted(piece.elements)}"]
+    return "\n".join([*lines, "    return e", ""])
