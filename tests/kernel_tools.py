@@ -14,7 +14,9 @@ import torch
 
 from quantkit.formats import formats, get_format
 from quantkit.kernels import dequantize as driver
+from quantkit.kernels import product
 from quantkit.kernels.decoders import decoder, tables
+from quantkit.kernels.source import pieces_of
 
 
 def packed(fmt, blocks: int) -> np.ndarray:
@@ -42,44 +44,75 @@ def interpret() -> None:
         half = driver.dequantize(torch.from_numpy(raw), fmt, torch.float16)
         assert np.array_equal(half.numpy(), torch.from_numpy(expected).half().numpy(), equal_nan=True), fmt.name
         assert driver.dequantize(torch.zeros(0, fmt.block_bytes(), dtype=torch.uint8), fmt).shape == (0, fmt.elements)
+        multiply(fmt)
         print(fmt.name)
 
 
+def multiply(fmt) -> None:
+    """Products of few tokens, an odd number of rows, against float64: within what float32 sums round."""
+    raw = packed(fmt, 13 * 3).reshape(13, -1)
+    weight = fmt.decode(raw).astype(np.float64)
+    x = torch.randn(2, 1, weight.shape[1])
+    with np.errstate(invalid="ignore"):
+        expected = x.double().numpy() @ weight.T
+        size = np.abs(x.double().numpy()) @ np.abs(weight).T
+    found = product.matmul(x, torch.from_numpy(raw), fmt).numpy()
+    rows = np.isfinite(weight).all(1)
+    assert rows.any() or fmt.name == "IQ1_M", fmt.name  # random bytes are no numbers everywhere
+    assert found.shape == (2, 1, 13) and (np.abs(found - expected) <= 1e-6 * size)[..., rows].all(), fmt.name
+
+
 def compile_ahead(names: list[str]) -> None:
-    """Print the loads and stores of the machine code of every format, compiled for sm_90."""
+    """Print the loads and stores of the machine code of every program and format, compiled for sm_90."""
+    from quantkit.kernels.programs_dequantize import dequantize
+    from quantkit.kernels.programs_product import matvec
+
+    for name in names:
+        fmt = get_format(name)
+        made = decoder(fmt)
+        shared = {
+            "DECODE": made.decode,
+            "WHERE": made.where,
+            "PIECES": made.pieces,
+            "ELEMENTS": fmt.elements,
+            "BYTES": fmt.block_bytes(),
+        }
+        pointers = {
+            "raw": "*u8",
+            "book": "*i64" if tables(fmt, "cpu")[0].dtype == torch.int64 else "*i32",
+            "scales": "*fp32",
+            "out": "*bf16",
+        }
+        moves = machine_code(
+            dequantize, pointers, {"count": "i32"}, {**shared, "TOGETHER": max(1, driver.WEIGHTS // fmt.elements)}
+        )  # fmt: skip
+        print(name, "dequantize", moves)
+        shapes = {piece.elements.shape for piece in pieces_of(fmt)}
+        constants = {
+            **shared, "SHAPE": shapes.pop() if len(shapes) == 1 else None, "ROWS": product.ROWS,
+            "TOGETHER": max(1, product.WEIGHTS // fmt.elements),
+        }  # fmt: skip
+        print(name, "matvec", machine_code(matvec, {**pointers, "x": "*bf16"}, {"rows": "i32", "blocks": "i32"}, constants))
+
+
+def machine_code(program, pointers: dict, numbers: dict, constants: dict) -> dict[str, int]:
+    """Loads and stores of a program's machine code, by kind."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from quantkit.kernels.programs_dequantize import dequantize as program
-
     (tool,) = Path(triton.__file__).parent.rglob("cuobjdump")
-    for name in names:
-        fmt = get_format(name)
-        made = decoder(fmt)
-        constants = {
-            "DECODE": made.decode, "WHERE": made.where, "PIECES": made.pieces, "ELEMENTS": fmt.elements, "BYTES": fmt.block_bytes(),
-            "TOGETHER": max(1, driver.WEIGHTS // fmt.elements),
-        }  # fmt: skip
-        book = "*i64" if tables(fmt, "cpu")[0].dtype == torch.int64 else "*i32"
-        signature = {
-            "raw": "*u8",
-            "out": "*bf16",
-            "count": "i32",
-            "book": book,
-            "scales": "*fp32",
-            **dict.fromkeys(constants, "constexpr"),
-        }
-        places = {key: program.arg_names.index(key) for key in signature}
-        aligned = {(places[key],): [["tt.divisibility", 16]] for key in ("raw", "out", "book", "scales")}
-        source = ASTSource(program, signature, {(places[key],): value for key, value in constants.items()}, aligned)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(made.asm["cubin"])
-            file.flush()
-            sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-        moves = re.findall(r"\b((?:LD|ST)[GLS]\b[.A-Z0-9]*)", sass)
-        print(name, dict(Counter(moves)))
+    kinds = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds[name] for name in program.arg_names}
+    places = {name: (number,) for number, name in enumerate(program.arg_names)}
+    aligned = {places[name]: [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(program, signature, {places[name]: value for name, value in constants.items()}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return dict(Counter(re.findall(r"\b((?:LD|ST)[GLS]\b[.A-Z0-9]*)", sass)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 from quantkit.errors import FormatError
 from quantkit.formats import formats, get_format
 from quantkit.kernels.dequantize import dequantize
+from quantkit.kernels.product import matmul
 from quantkit.kernels.source import decoder_source, fitted, pieces_of
 
 HELP = Path(__file__).parent / "kernel_tools.py"
@@ -50,7 +51,7 @@ def test_numbers_are_turned_back_into_arithmetic():
 
 
 def test_interpreted_programs_decode_to_the_bit():
-    """All formats, odd numbers of blocks, outputs filled with NaN before; float32 exactly, bfloat16 and float16 rounded."""
+    """All formats, odd numbers of blocks, outputs filled with NaN before: float32 exactly, float16 rounded; products too."""
     said = run("interpret", TRITON_INTERPRET="1")
     assert said.split() == [fmt.name for fmt in BLOCKED]
 
@@ -58,8 +59,8 @@ def test_interpreted_programs_decode_to_the_bit():
 def test_programs_compile_for_a_gpu():
     """One format for each family of layouts, to sm_90: wide loads where blocks allow them, nothing in local memory."""
     said = run("compile", "Q4_K", "Q8_0", "Q6_K", "MXFP4", "IQ4_XS", "IQ2_S", "TQ2_0")
-    facts = {line.split()[0]: line for line in said.splitlines()}
-    assert "LDG.E.128" in facts["Q4_K"]
+    facts = dict(line.split(" {") for line in said.splitlines())
+    assert len(facts) == 14 and "LDG.E.128" in facts["Q4_K dequantize"]
     assert not any("LDL" in line or "STL" in line for line in facts.values())
 
 
@@ -77,3 +78,7 @@ def test_the_cpu_decodes_without_triton_and_bad_data_are_refused():
             dequantize(data, fmt)
     with pytest.raises(FormatError, match="float64"):
         dequantize(torch.from_numpy(rows), fmt, torch.float64)
+    x = torch.randn(5, 2, 512)
+    assert torch.allclose(matmul(x, torch.from_numpy(rows), fmt), x @ out.T)
+    with pytest.raises(FormatError, match="do not fit rows of 512 weights"):
+        matmul(torch.randn(5, 256), torch.from_numpy(rows), fmt)
