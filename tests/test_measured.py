@@ -12,7 +12,7 @@ import tiny
 import quantkit
 from quantkit.analysis.probes import ProbeModel
 from quantkit.analysis.texts import load_calibration
-from quantkit.analysis.windows import judging_windows, probe_windows
+from quantkit.analysis.windows import file_windows, probe_windows
 from quantkit.checkpoint import open_checkpoint
 from quantkit.progress import Progress
 from quantkit.quantizer.manifest import manifest_path
@@ -36,7 +36,7 @@ def test_windows_are_apart_from_statistics_and_probes(tiny_folder):
     text = load_calibration(checkpoint, [tiny.EXAMPLES.parent / "text" / "tinystories.txt"], 65536)
     seen = {row.tobytes() for row in (*text.train, *probe_windows(checkpoint, text))}
     for large in (False, True):
-        windows = judging_windows(checkpoint, text, large)
+        windows = file_windows(checkpoint, text, large)
         assert windows.size == (1024 if large else 4096) and not any(row.tobytes() in seen for row in windows)
 
 

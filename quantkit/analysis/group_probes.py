@@ -39,7 +39,10 @@ Matrix = npt.NDArray[np.float32]
 
 @dataclass
 class Group:
-    """One group in one format (or its replacement, see tensors: format by name). estimated, measured: KL divergence in nats per token of the same errors."""
+    """One group in one format, or its replacement where rows do not fit.
+
+    tensors: format by name. estimated, measured: KL divergence in nats per token of the same errors.
+    """
 
     role: str
     depth: int

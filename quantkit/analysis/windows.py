@@ -39,17 +39,17 @@ def scheme_windows(text: CalibrationText, large: bool) -> Windows:
 
 def probe_windows(checkpoint: Checkpoint, text: CalibrationText) -> Windows:
     """Windows that probes are measured on: as many as their logits leave room for."""
-    return spread(text.dev, _with_logits(checkpoint, text, PROBE_TOKENS))
+    return spread(text.dev, with_logits(checkpoint, text.window, PROBE_TOKENS))
 
 
-def judging_windows(checkpoint: Checkpoint, text: CalibrationText, large: bool) -> Windows:
+def file_windows(checkpoint: Checkpoint, text: CalibrationText, large: bool) -> Windows:
     """Windows that a finished file is measured on, of those of ``refit_windows``."""
-    return spread(refit_windows(checkpoint, text), _with_logits(checkpoint, text, LARGE_TOKENS if large else PROBE_TOKENS))
+    return spread(refit_windows(checkpoint, text), with_logits(checkpoint, text.window, LARGE_TOKENS if large else PROBE_TOKENS))
 
 
-def _with_logits(checkpoint: Checkpoint, text: CalibrationText, tokens: int) -> int:
+def with_logits(checkpoint: Checkpoint, window: int, tokens: int) -> int:
     """At most so many tokens that the logits of all of them may be held in memory; a window at least."""
-    return min(tokens, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), text.window))
+    return min(tokens, max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), window))
 
 
 def refit_windows(checkpoint: Checkpoint, text: CalibrationText) -> Windows:

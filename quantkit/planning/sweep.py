@@ -15,7 +15,7 @@ import numpy.typing as npt
 from quantkit.analysis.probing import decoded
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.analysis.texts import WINDOW, load_calibration, read_text, token_windows
-from quantkit.analysis.windows import PROBE_LOGITS, PROBE_TOKENS
+from quantkit.analysis.windows import PROBE_TOKENS, spread, with_logits
 from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.transformed import TransformedCheckpoint
 from quantkit.encoders.stats import ActivationStats, TensorStats
@@ -195,16 +195,13 @@ def judging_windows(
     from quantkit.modeling.text import TextEncoder
 
     window = min(WINDOW, int(checkpoint.config.get("max_position_embeddings") or WINDOW))
-    most = max(PROBE_LOGITS // int(checkpoint.config["vocab_size"]), window)
-    limit = min(limit or PROBE_TOKENS, most)
+    limit = with_logits(checkpoint, window, limit or PROBE_TOKENS)
     if texts:
         encoder = TextEncoder(checkpoint)
         windows = token_windows([read_text(path, encoder) for path in texts], encoder, min(window, limit), limit)
         return windows, [path.name for path in texts]
     text = load_calibration(checkpoint, calibration, tokens)
-    count = max(1, min(len(text.dev), limit // text.window))
-    chosen = np.unique(np.linspace(0, len(text.dev) - 1, count).astype(int))
-    return text.dev[chosen], [f"{name} (set aside)" for name in text.names]
+    return spread(text.dev, limit), [f"{name} (set aside)" for name in text.names]
 
 
 def require_measurable(checkpoint: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from quantkit.analysis.run import PROBE_WEIGHTS
 from quantkit.analysis.texts import CalibrationText
-from quantkit.analysis.windows import judging_windows
+from quantkit.analysis.windows import file_windows
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.metrics import kl_divergence
 from quantkit.modeling.blocks import Blocks
@@ -38,7 +38,7 @@ class Measured:
 
 def measure(checkpoint: Checkpoint, path: Path, text: CalibrationText, progress: Progress) -> Measured:
     """KL divergence of a file on windows that neither statistics nor probes saw; fewer for a model too large for probes."""
-    windows = judging_windows(checkpoint, text, large=checkpoint.n_weights > PROBE_WEIGHTS)
+    windows = file_windows(checkpoint, text, large=checkpoint.n_weights > PROBE_WEIGHTS)
     found = divergences(checkpoint, open_checkpoint(path), windows, progress)
     return Measured(float(found.mean()), float(found.std() / max(len(found), 2) ** 0.5), windows.size)
 
