@@ -4,7 +4,8 @@
 >>> path, manifest = quantkit.quantize("model/", bpw=3.5)
 >>> quantkit.compare("model/", [path]).candidates[0].divergence.mean_kld
 
-The public functions are imported when they are first used.
+The public functions are imported when they are first used. ``quantkit.QuantkitConfig`` makes transformers load quantkit's
+files: ``AutoModelForCausalLM.from_pretrained("model.gguf", quantization_config=quantkit.QuantkitConfig())``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ __all__ = ["analyze", "compare", "load", "plan", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "QuantkitConfig":  # registers quantkit with transformers
+        from quantkit.modeling.plugin_transformers import QuantkitConfig
+
+        return QuantkitConfig
     if name in __all__:
         from quantkit import api
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
+from quantkit.evaluation.generate import Generation
 from quantkit.planning.budget import Request, parse_size
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
@@ -301,14 +302,31 @@ def compare(
     return report
 
 
-def load(path: str | Path) -> Any:
-    """A model in torch (transformers' class, float32) from a checkpoint, a quantized GGUF or folder, ready to run.
+def load(path: str | Path, dtype: Any = None, device: Any = "cpu") -> Any:
+    """A model in torch (transformers' class) from a checkpoint, a quantized GGUF or folder, ready to run and to generate.
 
+    The quantized tensors of a GGUF stay packed. dtype: of everything else (float32 by default); device: ``cuda``, say.
     Raises CheckpointError if the file cannot be read.
     """
-    from quantkit.modeling.skeleton import materialized_model
+    from quantkit.modeling.packed import packed_model
 
-    return materialized_model(open_checkpoint(path))
+    return packed_model(open_checkpoint(path), dtype, device)
+
+
+def generate(
+    model: str | Path, prompt: str, count: int = 128, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    seed: int = 0, runtime: str = "torch", device: str = "cpu", chat: bool = False, show: Callable[[str], None] | None = None,
+) -> Generation:  # fmt: skip
+    """At most ``count`` tokens of text after ``prompt``; see :func:`quantkit.evaluation.generate.generate`.
+
+    temperature 0 takes the most likely token. runtime: ``torch`` or ``llama``. chat: in the model's chat template.
+    show: is called with each new piece of text. Raises a QuantkitError.
+    """
+    from quantkit.evaluation.generate import Sampling
+    from quantkit.evaluation.generate import generate as run
+
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    return run(open_checkpoint(model), prompt, count, sampling, runtime=runtime, device=device, chat=chat, show=show)
 
 
 __all__ = [
@@ -320,6 +338,7 @@ __all__ = [
     "analyze",
     "artifact_name",
     "compare",
+    "generate",
     "load",
     "plan",
     "quantize",

@@ -1,119 +1,223 @@
-"""Runs Triton's programs for tests/test_kernels.py, in a process of its own: ``interpret`` or ``compile NAME…``."""
+"""Runs Triton's programs for tests/test_kernels.py, in a process of its own: ``interpret NAME…`` or ``compile TARGET NAME…``."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 
 from quantkit.formats import formats, get_format
 from quantkit.kernels import dequantize as driver
-from quantkit.kernels import product
-from quantkit.kernels.decoders import decoder, tables
-from quantkit.kernels.source import pieces_of
+from quantkit.kernels import product, repack
+from quantkit.kernels.packed import Packing
+
+BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]
+EXACT = 1e-6  # float32 sums against float64, in shares of the sum of sizes
 
 
-def packed(fmt, blocks: int) -> np.ndarray:
-    """Random bytes, with scales and minimums that are numbers."""
-    rng = np.random.default_rng(0)
+def packed(fmt, blocks: int, seed: int = 0) -> np.ndarray:
+    """Random bytes, with scales and minimums that are numbers: uint8 (blocks, bytes)."""
+    rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (blocks, fmt.block_bytes())).astype(np.uint8)
     for field in (fmt.block_scale, fmt.block_minimum):
         if isinstance(field, str):
             at = int(fmt.layout.fields[field][1])
             raw[:, at : at + 2] = (0.1 * rng.standard_normal(blocks)).astype(np.float16).view(np.uint8).reshape(blocks, 2)
+    if fmt.scale_table is not None:  # exponents near one
+        at = int(next(iter(fmt.scales.positions(fmt.layout).flat))) // 8
+        raw[:, at : at + fmt.groups()] = (
+            rng.integers(50, 60, (blocks, fmt.groups())) if fmt.groups() > 1 else rng.integers(120, 130, (blocks, 1))
+        )
+    if fmt.name == "IQ1_M":  # its scale's bits are spread over four words
+        raw[:, 48:56:2] &= 0xFF
+        raw.view(np.uint8)[:, [49, 51, 53, 55]] = (raw[:, [49, 51, 53, 55]] & 0x0F) | np.array([0x00, 0x00, 0x80, 0x20], np.uint8)
     return raw
 
 
-def interpret() -> None:
-    """Print every format whose decoded weights have the bits of Format.decode."""
-    empty = torch.empty
-    torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))
-    for fmt in formats():
-        if fmt.codes is None:
-            continue
-        raw = packed(fmt, 21)
-        expected = fmt.decode(raw)
-        out = driver.dequantize(torch.from_numpy(raw), fmt)
-        assert np.array_equal(out.numpy().view(np.uint32), expected.view(np.uint32)), fmt.name
-        half = driver.dequantize(torch.from_numpy(raw), fmt, torch.float16)
-        assert np.array_equal(half.numpy(), torch.from_numpy(expected).half().numpy(), equal_nan=True), fmt.name
-        assert driver.dequantize(torch.zeros(0, fmt.block_bytes(), dtype=torch.uint8), fmt).shape == (0, fmt.elements)
-        multiply(fmt)
-        print(fmt.name)
+def matrix(fmt, rows: int, blocks: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+    """Packed rows, uint8 (rows, bytes), and their weights in float64."""
+    raw = packed(fmt, rows * blocks, seed).reshape(rows, -1)
+    weight = fmt.decode(raw)
+    assert np.isfinite(weight).all() and np.abs(weight).max() > 0, fmt.name
+    return torch.from_numpy(raw), weight.astype(np.float64)
 
 
-def multiply(fmt) -> None:
-    """Products of few tokens, an odd number of rows, against float64: within what float32 sums round."""
-    raw = packed(fmt, 13 * 3).reshape(13, -1)
-    weight = fmt.decode(raw).astype(np.float64)
-    x = torch.randn(2, 1, weight.shape[1])
-    with np.errstate(invalid="ignore"):
-        expected = x.double().numpy() @ weight.T
-        size = np.abs(x.double().numpy()) @ np.abs(weight).T
-    found = product.matmul(x, torch.from_numpy(raw), fmt).numpy()
-    rows = np.isfinite(weight).all(1)
-    assert rows.any() or fmt.name == "IQ1_M", fmt.name  # random bytes are no numbers everywhere
-    assert found.shape == (2, 1, 13) and (np.abs(found - expected) <= 1e-6 * size)[..., rows].all(), fmt.name
+def near(found: torch.Tensor, x: torch.Tensor, weight: np.ndarray, what: str, extra=0.0) -> None:
+    """Assert that ``found`` is x · weightᵀ within what its type and float32 sums round."""
+    given = x.double().numpy()
+    rounded = torch.from_numpy(weight).to(x.dtype).double().numpy()
+    size = np.abs(given) @ np.abs(rounded).T + np.abs(extra)
+    step = EXACT + (torch.finfo(found.dtype).eps if found.dtype != torch.float32 else 0)
+    error = np.abs(found.double().numpy() - (given @ rounded.T + extra))
+    assert (error <= step * size + 1e-30).all(), f"{what}: {np.max(error / size)}"
 
 
-def compile_ahead(names: list[str]) -> None:
-    """Print the loads and stores of the machine code of every program and format, compiled for sm_90."""
-    from quantkit.kernels.programs_dequantize import dequantize
-    from quantkit.kernels.programs_product import matvec
-
+def interpret(names: list[str]) -> None:
+    """Print every format whose programs give what the reference gives. Outputs are NaN before."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    torch.empty = lambda *a, **k: _poisoned(empty(*a, **k))
+    torch.Tensor.new_empty = lambda self, *a, **k: _poisoned(new_empty(self, *a, **k))
     for name in names:
-        fmt = get_format(name)
-        made = decoder(fmt)
-        shared = {
-            "DECODE": made.decode,
-            "WHERE": made.where,
-            "PIECES": made.pieces,
-            "ELEMENTS": fmt.elements,
-            "BYTES": fmt.block_bytes(),
-        }
-        pointers = {
-            "raw": "*u8",
-            "book": "*i64" if tables(fmt, "cpu")[0].dtype == torch.int64 else "*i32",
-            "scales": "*fp32",
-            "out": "*bf16",
-        }
-        moves = machine_code(
-            dequantize, pointers, {"count": "i32"}, {**shared, "TOGETHER": max(1, driver.WEIGHTS // fmt.elements)}
-        )  # fmt: skip
-        print(name, "dequantize", moves)
-        shapes = {piece.elements.shape for piece in pieces_of(fmt)}
-        constants = {
-            **shared, "SHAPE": shapes.pop() if len(shapes) == 1 else None, "ROWS": product.ROWS,
-            "TOGETHER": max(1, product.WEIGHTS // fmt.elements),
-        }  # fmt: skip
-        print(name, "matvec", machine_code(matvec, {**pointers, "x": "*bf16"}, {"rows": "i32", "blocks": "i32"}, constants))
+        for planes in (False, True):
+            packing = Packing(get_format(name), planes)
+            decode(packing)
+            products(packing)
+            experts(packing)
+        print(name, flush=True)
 
 
-def machine_code(program, pointers: dict, numbers: dict, constants: dict) -> dict[str, int]:
-    """Loads and stores of a program's machine code, by kind."""
+def _poisoned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+def laid(raw: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Packed rows in the order that the packing says."""
+    return repack.pack(raw, packing.format) if packing.planes else raw
+
+
+def decode(packing: Packing) -> None:
+    """All weights to the bit, rows by number, half precision, nothing at all."""
+    fmt = packing.format
+    raw, _ = matrix(fmt, 7, 3)
+    expected = fmt.decode(raw.numpy())
+    out = driver.dequantize(laid(raw, packing), packing).numpy()
+    assert np.array_equal(out.view(np.uint32), expected.view(np.uint32)), fmt.name
+    half = driver.dequantize(laid(raw, packing), packing, torch.float16)
+    assert torch.equal(half, torch.from_numpy(expected).half()), fmt.name
+    ids = torch.tensor([[6, 0], [3, 3]])
+    assert torch.equal(driver.embedding(ids, laid(raw, packing), packing), torch.from_numpy(expected)[ids]), fmt.name
+    assert driver.dequantize(raw[:0], packing).shape == (0, expected.shape[1])
+
+
+def products(packing: Packing) -> None:
+    """One matrix, an odd number of rows: few tokens, some, many, inputs that are not contiguous, low-rank addition."""
+    name = packing.format.name
+    raw, weight = matrix(packing.format, 13, 3)
+    data = laid(raw, packing)
+    wide = torch.randn(19, 2 * weight.shape[1])
+    x = wide[:, ::2]
+    near(product.matmul(x[:2].reshape(2, 1, -1), data, packing).reshape(2, 13), x[:2], weight, f"{name} few")
+    near(product.matmul(x, data, packing), x, weight, f"{name} some")
+    near(product.matmul(x.half(), data, packing), x.half(), weight, f"{name} some in half precision")
+    low, up = torch.randn(19, 5), torch.randn(13, 5)
+    near(product.matmul(x, data, packing, low, up), x, weight, f"{name} low rank", (low.double() @ up.double().T).numpy())
+    back = torch.randn(19, 13)
+    near(product.matmul_transposed(back, data, packing), back, weight.T, f"{name} transposed")
+    with patch.object(product, "SOME", 16), patch.object(product, "PANEL", 5 * weight.shape[1]):
+        near(product.matmul(x, data, packing), x, weight, f"{name} many")
+        near(product.matmul_transposed(back, data, packing), back, weight.T, f"{name} many, transposed")
+
+
+def experts(packing: Packing) -> None:
+    """Three experts, one without tokens, forward and back; gate and up of two formats and what is made of them."""
+    name, ends = packing.format.name, torch.tensor([3, 3, 21], dtype=torch.int32)
+    raw, weight = matrix(packing.format, 3 * 13, 2)
+    data, each = laid(raw, packing).reshape(3, 13, -1), weight.reshape(3, 13, -1)
+    x, back = torch.randn(21, each.shape[2]), torch.randn(21, 13)
+    out, out_back = product.grouped(x, data, packing, ends), product.grouped(back, data, packing, ends, transposed=True)
+    other = Packing(get_format("Q4_0"))
+    raw_up, weight_up = matrix(other.format, 3 * 13, each.shape[2] // 32, seed=1)
+    up = weight_up.reshape(3, 13, -1)
+    made = product.swiglu(x, data, raw_up.reshape(3, 13, -1), (packing, other), ends)
+    for expert, part in ((0, slice(0, 3)), (2, slice(3, 21))):
+        near(out[part], x[part], each[expert], f"{name} experts")
+        near(out_back[part], back[part], each[expert].T, f"{name} experts, transposed")
+        gate, value = (x[part].double().numpy() @ w[expert].T for w in (each, up))
+        sizes = [np.abs(x[part].double().numpy()) @ np.abs(w[expert]).T for w in (each, up)]
+        with np.errstate(over="ignore"):
+            expected = gate / (1 + np.exp(-gate)) * value
+        error = np.abs(made[part].double().numpy() - expected)
+        assert (error <= 4 * EXACT * (1 + sizes[0]) * sizes[1]).all(), f"{name} swiglu {error.max()}"
+
+
+def compile_ahead(target: int, names: list[str]) -> None:
+    """Print for every program and format the loads and stores of its machine code, and the registers of a thread."""
+    for name in names:
+        packing = Packing(get_format(name), repack.gains(get_format(name)))  # as it lies on a GPU
+        for what, (program, arguments) in programs(packing, torch.float16 if target < 80 else torch.bfloat16).items():
+            if target >= 80 or what in ("dequantize", "matvec"):  # the others are not used there
+                print(json.dumps([name, what, machine_code(program, arguments, target)]), flush=True)
+
+
+def programs(packing: Packing, dtype: torch.dtype) -> dict:
+    """Every program with the arguments of a launch, caught instead of launched."""
+    from quantkit.kernels import programs_dequantize, programs_product
+
+    caught: dict = {}
+
+    class Catch:
+        def __init__(self, name, program):
+            self.name, self.program = name, program
+
+        def __getitem__(self, grid):
+            return lambda **arguments: caught.setdefault(self.name, (self.program, arguments))
+
+    fmt = packing.format
+    data = torch.zeros(2, 64, 4 * 256 // fmt.elements * fmt.block_bytes(), dtype=torch.uint8)
+    x, ends = torch.zeros(64, 1024, dtype=dtype), torch.tensor([32, 64], dtype=torch.int32)
+    names = {programs_dequantize: ["dequantize"], programs_product: ["matvec", "matmul", "swiglu", "matmul_transposed"]}
+    with ExitStack() as stack:
+        for module in (driver, product):
+            stack.enter_context(patch.object(module, "on_host", lambda _: False))
+        for module, some in names.items():
+            for name in some:
+                stack.enter_context(patch.object(module, name, Catch(name, getattr(module, name))))
+        driver.dequantize(data, packing, dtype)
+        product.matmul(x[:1], data[0].contiguous(), packing)
+        product.matmul(x, data[0].contiguous(), packing, x[:, :16], x[:, :16])
+        product.swiglu(x, data, data, (packing, packing), ends)
+        product.matmul_transposed(x[:, :64], data[0].contiguous(), packing)
+    return caught
+
+
+def machine_code(program, arguments: dict, target: int) -> dict[str, int]:
+    """Loads and stores of a program's machine code by kind, and its registers."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     (tool,) = Path(triton.__file__).parent.rglob("cuobjdump")
-    kinds = {**pointers, **numbers, **dict.fromkeys(constants, "constexpr")}
-    signature = {name: kinds[name] for name in program.arg_names}
-    places = {name: (number,) for number, name in enumerate(program.arg_names)}
-    aligned = {places[name]: [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(program, signature, {places[name]: value for name, value in constants.items()}, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
+    types = {
+        torch.uint8: "*u8",
+        torch.int64: "*i64",
+        torch.int32: "*i32",
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+    }
+    constant = {p.name for p in program.params if p.is_constexpr}
+    signature, constants, aligned = {}, {}, {}
+    for number, name in enumerate(program.arg_names):
+        value = arguments[name]
+        if name in constant or (isinstance(value, int) and value == 1):
+            signature[name], constants[(number,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned[(number,)] = types[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned[(number,)] = [["tt.divisibility", 16]]
+    options = {name: arguments[name] for name in ("enable_fp_fusion", "num_warps", "maxnreg") if name in arguments}
+    made = triton.compile(
+        ASTSource(program, signature, constants, aligned), target=GPUTarget("cuda", target, 32), options=options
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    return dict(Counter(re.findall(r"\b((?:LD|ST)[GLS]\b[.A-Z0-9]*)", sass)))
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage.stdout + usage.stderr))
+    return {**Counter(re.findall(r"\b((?:LD|ST)(?:G|L|GSTS)\b[.A-Z0-9]*)", sass)), "registers": registers}
 
 
 if __name__ == "__main__":
-    interpret() if sys.argv[1] == "interpret" else compile_ahead(sys.argv[2:])
+    interpret(sys.argv[2:]) if sys.argv[1] == "interpret" else compile_ahead(int(sys.argv[2]), sys.argv[3:])

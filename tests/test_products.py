@@ -12,12 +12,12 @@ from quantkit.analysis.fisher import measure_fisher
 from quantkit.analysis.moments import MomentWriter, OutputWriter
 from quantkit.analysis.texts import CalibrationText
 from quantkit.checkpoint import open_checkpoint
-from quantkit.encoders.threads import lone_products, map_threads
 from quantkit.modeling.blocks import Blocks
 from quantkit.modeling.products import fast_float32, gram, product
 from quantkit.planning.standard import uniform_plan
 from quantkit.progress import Progress
 from quantkit.quantizer.pipeline import run
+from quantkit.threads import lone_products, map_threads
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.encoders import default_method, get_encoder
 from quantkit.encoders.ldlq import LdlqEncoder
 from quantkit.encoders.stats import ActivationStats, Moments
-from quantkit.encoders.threads import map_threads
 from quantkit.formats import Format, formats, get_format
 from quantkit.progress import Progress
+from quantkit.threads import map_threads
 
 Matrix = npt.NDArray[np.float32]
 Decoded = dict[tuple[str, str, str], Matrix]  # by tensor, format and method

@@ -20,12 +20,12 @@ from quantkit.analysis.errors import decode_after_encode
 from quantkit.analysis.sensitivity import TensorSensitivity
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.encoders.stats import ActivationStats
-from quantkit.encoders.threads import map_threads
 from quantkit.formats import get_format
 from quantkit.metrics import kl_divergence
 from quantkit.modeling.blocks import Blocks
 from quantkit.modeling.skeleton import parameter_value, set_parameter, tensor_names
 from quantkit.progress import Progress
+from quantkit.threads import map_threads
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from quantkit.analysis.texts import CalibrationText
 from quantkit.analysis.windows import LARGE_TOKENS, probe_windows, spread
 from quantkit.checkpoint import Checkpoint
 from quantkit.encoders.stats import ActivationStats
-from quantkit.encoders.threads import map_threads
 from quantkit.formats import get_format
 from quantkit.progress import Progress
+from quantkit.threads import map_threads
 
 COMPOSITION_BPW = (2.1, 2.8, 3.5, 4.25, 5.25)  # of the plans that tell how costs add up
 KEPT_WEIGHTS = 1 << 24  # decoded tensors of smaller models are kept for the probes: some ten copies in float32

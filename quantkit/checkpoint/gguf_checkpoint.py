@@ -66,6 +66,11 @@ class GgufCheckpoint(Checkpoint):
         self.info(name)
         return self._file_of[name].read_rows(name, start, stop)
 
+    def read_packed(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Rows start…stop as they lie in the file: uint8 (rows, bytes of a row)."""
+        self.info(name)
+        return self._file_of[name].read_packed(name, start, stop)
+
     def metadata(self) -> gv.Metadata:
         dropped = ("split.", "quantkit.", "general.alignment")  # our files are aligned to the default
         return {key: value for key, value in self._metadata.items() if not key.startswith(dropped)}

@@ -13,6 +13,7 @@ COMMANDS = {
     "sweep": "The whole curve of divergence against bytes, with llama-quantize's mixes as points on it.",
     "quantize": "Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.",
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
+    "generate": "Text from a model, with its weights packed: through torch or llama.cpp.",
     "repair": "A low-rank adapter that makes up for what quantizing took, within a size.",
     "verify": "Check a file or folder against its manifest and its own hashes.",
     "speed": "How fast this machine decodes each format.",

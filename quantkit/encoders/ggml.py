@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from quantkit.encoders.base import Encoder, check_finite, check_importance
-from quantkit.encoders.threads import map_rows
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
+from quantkit.threads import map_rows
 
 _MODULES = {
     "loops_kquants": ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),

@@ -18,11 +18,11 @@ from quantkit.encoders.base import Encoder
 from quantkit.encoders.ggml import GgmlEncoder
 from quantkit.encoders.nearest import code_values, lowest_code
 from quantkit.encoders.stats import Moments
-from quantkit.encoders.threads import map_rows
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
 from quantkit.formats.grids import grid
 from quantkit.formats.layout import Grid, Integers, Linear
+from quantkit.threads import map_rows
 
 F32 = np.float32
 TOGETHER = 128  # columns that are rounded before their errors are carried on to all later ones

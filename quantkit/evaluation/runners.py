@@ -50,18 +50,8 @@ class LlamaRunner:
     """llama.cpp through llama-cpp-python: F32 KV cache, flash attention off, all logits kept."""
 
     def __init__(self, checkpoint: Checkpoint, window: int) -> None:
-        llama_cpp = _llama_cpp()
         self._stack = contextlib.ExitStack()
-        adapter = checkpoint.adapter.path if isinstance(checkpoint, AdaptedCheckpoint) else None
-        source = checkpoint.source if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
-        path = self._stack.enter_context(_gguf_of(source))
-        try:
-            self._model = llama_cpp.Llama(
-                str(path), n_ctx=window, n_batch=window, n_ubatch=window, logits_all=True, verbose=False,
-                type_k=0, type_v=0, flash_attn=False, lora_path=None if adapter is None else str(adapter),
-            )  # fmt: skip
-        except ValueError as error:
-            raise CheckpointError(f"llama.cpp cannot load {checkpoint.path.name} ({error})", hint="try --runtime torch") from None
+        self._model = self._stack.enter_context(open_llama(checkpoint, window, n_ubatch=window, logits_all=True))
 
     def logits(self, ids: npt.NDArray[np.int64]) -> Any:
         import torch
@@ -71,8 +61,28 @@ class LlamaRunner:
         return torch.from_numpy(np.array(self._model.scores[: len(ids)], np.float32))
 
     def close(self) -> None:
-        self._model.close()
         self._stack.close()
+
+
+@contextlib.contextmanager
+def open_llama(checkpoint: Checkpoint, window: int, **options: Any) -> Iterator[Any]:
+    """llama-cpp-python's model for up to ``window`` tokens, without its shortcuts in attention; options: more of its own.
+
+    Raises MissingDependencyError, and CheckpointError if llama.cpp cannot load it.
+    """
+    llama_cpp = _llama_cpp()
+    adapter = checkpoint.adapter.path if isinstance(checkpoint, AdaptedCheckpoint) else None
+    source = checkpoint.source if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
+    with _gguf_of(source) as path:
+        try:
+            model = llama_cpp.Llama(
+                str(path), n_ctx=window, n_batch=window, verbose=False, type_k=0, type_v=0, flash_attn=False,
+                lora_path=None if adapter is None else str(adapter), **options,
+            )  # fmt: skip
+        except ValueError as error:
+            raise CheckpointError(f"llama.cpp cannot load {checkpoint.path.name} ({error})", hint="try --runtime torch") from None
+        with contextlib.closing(model):
+            yield model
 
 
 def _llama_cpp() -> Any:

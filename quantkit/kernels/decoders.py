@@ -21,28 +21,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Decoder:
-    """decode, where: Triton functions of ``source.decoder_source``. pieces: into how many parts a block falls."""
+    """decode, where, place: Triton functions of ``source.decoder_source``. pieces: into how many parts a block falls.
+
+    shape: (runs, length) of every piece, None if they differ. sizes: weights in each piece.
+    """
 
     format: type[Format]
     decode: Any
     where: Any
+    place: Any
     pieces: int
+    shape: tuple[int, int] | None
+    sizes: tuple[int, ...]
+
+    @property
+    def largest(self) -> int:
+        """Weights in the largest piece."""
+        return max(self.sizes)
 
 
 @cache
-def decoder(fmt: type[Format]) -> Decoder:
-    """The decoder of a format. Raises FormatError for formats without blocks, and if triton is not installed."""
+def decoder(fmt: type[Format], planes: bool = False) -> Decoder:
+    """The decoder of a format, of tensors as they lie in a file or (planes) repacked.
+
+    Raises FormatError for formats without blocks, and if triton is not installed.
+    """
     if fmt.codes is None:
         raise FormatError(f"{fmt.name} has no blocks to decode", hint="convert the tensor with torch")
     try:
         import triton  # noqa: F401
     except ImportError:
         raise FormatError("Triton is not installed", hint="install triton, or decode on the CPU") from None
-    source, name = decoder_source(fmt), f"<decoder of {fmt.name}>"
+    source, name = decoder_source(fmt, planes), f"<decoder of {fmt.name}{' planes' if planes else ''}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # where Triton reads it from
-    space: dict[str, Any] = {"__name__": f"quantkit.kernels.generated_{fmt.name.lower()}"}
+    space: dict[str, Any] = {"__name__": f"quantkit.kernels.generated_{fmt.name.lower()}{'_planes' if planes else ''}"}
     exec(compile(source, name, "exec"), space)
-    return Decoder(fmt, space["decode"], space["where"], len(pieces_of(fmt)))
+    shapes = [piece.elements.shape for piece in pieces_of(fmt)]
+    return Decoder(
+        fmt, space["decode"], space["where"], space["place"], len(shapes), shapes[0] if len(set(shapes)) == 1 else None,
+        tuple(runs * length for runs, length in shapes),
+    )  # fmt: skip
 
 
 @cache

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantkit.errors import FormatError
-from quantkit.formats import Format
-from quantkit.kernels.decoders import decoder, tables
+from quantkit.kernels import host
+from quantkit.kernels.packed import Packing, check, file_bytes, on_host
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS = 4096  # decoded by one program
+WEIGHTS = 2048  # of one piece of its blocks that a program decodes: 16 for each of its threads, a wide load
 
 
-def dequantize(data: torch.Tensor, fmt: type[Format], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Weights of packed rows: uint8 (..., bytes) → dtype (..., bytes / block bytes · elements), on the same device.
+def dequantize(data: torch.Tensor, packing: Packing, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Weights of packed rows: uint8 (..., bytes) → dtype (..., columns), on the same device.
 
     dtype: float32 by default, to the bit what ``Format.decode`` gives; bfloat16 and float16 are rounded from that.
     Raises FormatError if the data are no whole blocks of contiguous uint8.
@@ -23,51 +23,48 @@ def dequantize(data: torch.Tensor, fmt: type[Format], dtype: torch.dtype | None 
     import torch
 
     dtype = dtype or torch.float32
-    check(data, fmt, dtype)
-    if data.device.type == "cpu" and not interpreted():
-        return torch.from_numpy(fmt.decode(data.numpy())).to(dtype)
-    return launch(data, fmt, dtype)
+    check(data, packing, dtype)
+    shape = (*data.shape[:-1], packing.columns(data))
+    if on_host(data):
+        return host.decode(file_bytes(data, packing), packing.format).to(dtype)
+    return _launch(data, packing, None, dtype).reshape(shape)
 
 
-def check(data: torch.Tensor, fmt: type[Format], dtype: torch.dtype) -> None:
-    """Raise FormatError for data that are no packed rows of the format."""
+def embedding(ids: torch.Tensor, data: torch.Tensor, packing: Packing, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Rows of a packed matrix, uint8 (rows, bytes), by number: integers (...) → dtype (..., columns).
+
+    Raises FormatError as ``dequantize`` does, and for numbers on another device.
+    """
     import torch
 
-    if data.dtype != torch.uint8:
-        raise FormatError(f"packed weights are {data.dtype}", hint="give their bytes, as torch.uint8")
-    if not data.is_contiguous():
-        raise FormatError("packed weights are not contiguous", hint="call .contiguous()")
-    if not data.ndim or data.shape[-1] % fmt.block_bytes():
+    dtype = dtype or torch.float32
+    check(data, packing, dtype)
+    if data.ndim != 2 or ids.device != data.device:
         raise FormatError(
-            f"rows of shape {tuple(data.shape)} are not a multiple of {fmt.name}'s block of {fmt.block_bytes()} bytes",
-            hint="the data are of another format, or cut",
+            f"row numbers on {ids.device} do not fit packed rows {tuple(data.shape)} on {data.device}",
+            hint="a matrix of packed rows and numbers on its device are needed",
         )
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise FormatError(f"{fmt.name} is not decoded to {dtype}", hint="float32, bfloat16 and float16 can be had")
+    shape = (*ids.shape, packing.columns(data))
+    if on_host(data):
+        return host.decode(file_bytes(data, packing)[ids.reshape(-1)], packing.format).reshape(shape).to(dtype)
+    return _launch(data, packing, ids.reshape(-1).contiguous(), dtype).reshape(shape)
 
 
-def interpreted() -> bool:
-    """Whether Triton's programs run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
-    import os
-
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def launch(data: torch.Tensor, fmt: type[Format], dtype: torch.dtype) -> torch.Tensor:
-    """Run the program."""
+def _launch(data: torch.Tensor, packing: Packing, ids: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Run the program. ids: the rows wanted, None for all."""
     import torch
 
-    made = decoder(fmt)  # type: ignore[arg-type]
+    given = packing.arguments(data)
     from quantkit.kernels.programs_dequantize import dequantize as program
 
-    book, scales = tables(fmt, str(data.device))  # type: ignore[arg-type]
-    count = data.numel() // fmt.block_bytes()
-    shape = (*data.shape[:-1], data.shape[-1] // fmt.block_bytes() * fmt.elements)
-    out = torch.empty(shape, dtype=dtype, device=data.device)
-    together = max(1, WEIGHTS // fmt.elements)
+    blocks, elements = given["blocks"], packing.format.elements
+    count = data.numel() // packing.format.block_bytes() if ids is None else len(ids) * blocks
+    out = torch.empty(count * elements, dtype=dtype, device=data.device)
+    together = max(1, WEIGHTS // packing.decoder().largest)
     if count:
         program[(-(-count // together),)](
-            data, out, count, book, scales, DECODE=made.decode, WHERE=made.where, PIECES=made.pieces, ELEMENTS=fmt.elements,
-            BYTES=fmt.block_bytes(), TOGETHER=together, enable_fp_fusion=False,  # else not the bits of Format.decode
+            out=out, ids=data if ids is None else ids, count=count, total=data.numel() // packing.format.block_bytes(),
+            WHERE=packing.decoder().where, GATHER=ids is not None, TOGETHER=together, **given,
+            enable_fp_fusion=False,  # else not the bits of Format.decode
         )  # fmt: skip
     return out

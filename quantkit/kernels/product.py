@@ -1,57 +1,266 @@
-"""Products with packed weights: x · Wᵀ without ever expanding W where a program for it exists."""
+"""Products with packed weights: x · Wᵀ and x · W, of one matrix or of many experts, without expanding W in memory.
+
+On a GPU up to FEW tokens are multiplied row by row, up to SOME in tiles that decode the weights as they go, more of
+them panel by panel: decoding a panel costs little beside so many products, and torch's own product is the fastest
+there is. On the CPU host.py does it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import FormatError
-from quantkit.formats import Format
-from quantkit.kernels.decoders import decoder, tables
-from quantkit.kernels.dequantize import check, dequantize, interpreted
-from quantkit.kernels.source import pieces_of
+from quantkit.formats.layout import Linear, Trits
+from quantkit.kernels import host
+from quantkit.kernels.dequantize import embedding
+from quantkit.kernels.packed import Packing, check_product, file_bytes, on_host
 
 if TYPE_CHECKING:
     import torch
 
 FEW = 8  # tokens for which a program reads the weights once for each
-ROWS = 4  # outputs of one program
-WEIGHTS = 512  # of one row that are decoded at a time
+SOME = 256  # tokens up to which weights are decoded into registers
+MATVEC_ROWS, MATVEC_WEIGHTS = 4, 512  # outputs of one program, and weights of a row that it decodes at a time
+LAUNCH = {"num_warps": 8, "maxnreg": 255, "enable_fp_fusion": True}  # of programs that make tiles; none spills registers
+ROWS, DEPTH = 64, 64  # of a tile: rows, and the least weights of a row for one dot
+NARROW = 32  # rows where values come from tables or code books: with more, registers do not suffice
+PANEL = 1 << 25  # weights of a panel: 64 MiB in bfloat16
 
 
-def matmul(x: torch.Tensor, data: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
-    """x · Wᵀ: (..., columns) times packed rows, uint8 (rows, bytes) → (..., rows) in the type of x; sums in float32.
+def matmul(
+    x: torch.Tensor, data: torch.Tensor, packing: Packing, low: torch.Tensor | None = None, up: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x · Wᵀ [+ low · upᵀ]: (..., columns) times packed rows, uint8 (rows, bytes) → (..., rows) in the type of x.
 
-    On a GPU up to FEW tokens are multiplied straight from the packed bytes; more of them, and all on the CPU, with
-    decoded weights. Raises FormatError if x and the rows do not fit each other.
+    low, up: (..., rank) and (rows, rank), a low-rank addition whose inputs are multiplied already. Sums in float32.
+    Raises FormatError if x and the rows do not fit each other.
     """
-    check(data, fmt, x.dtype)
-    columns = data.shape[-1] // fmt.block_bytes() * fmt.elements
-    if data.ndim != 2 or x.shape[-1] != columns:
-        raise FormatError(
-            f"inputs of shape {tuple(x.shape)} do not fit rows of {columns} weights in {fmt.name}, {tuple(data.shape)} bytes",
-            hint="the last axis of x must be the number of weights in a row",
-        )
-    if x.device != data.device:
-        raise FormatError(f"inputs are on {x.device}, packed weights on {data.device}", hint="move one of them")
-    flat = x.reshape(-1, columns)
-    if not 0 < len(flat) <= FEW or (x.device.type == "cpu" and not interpreted()):
-        return x @ dequantize(data, fmt, x.dtype).T
-    return _launch(flat.contiguous(), data, fmt).reshape(*x.shape[:-1], len(data))
+    check_product(x, data, packing)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    thin = low.reshape(len(flat), -1).contiguous() if low is not None else None
+    if on_host(data):
+        out = host.matmul(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
+    elif 0 < len(flat) <= FEW:
+        out = _matvec(flat, data, packing)
+    elif len(flat) <= SOME and multiplies_tiles(data):
+        return _tiles(flat, data, packing, None, thin, up).reshape(*x.shape[:-1], len(data))
+    else:
+        out = _panels(flat, data, packing, transposed=False)
+    if thin is not None and up is not None:
+        out = out + thin @ up.T
+    return out.reshape(*x.shape[:-1], len(data))
 
 
-def _launch(x: torch.Tensor, data: torch.Tensor, fmt: type[Format]) -> torch.Tensor:
-    """Run the program for few tokens."""
+def matmul_transposed(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """x · W: (..., rows) times packed rows, uint8 (rows, bytes) → (..., columns) in the type of x; the gradient of ``matmul``."""
+    check_product(x, data, packing, transposed=True)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if on_host(data):
+        out = host.matmul_transposed(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
+    elif len(flat) <= SOME and multiplies_tiles(data):
+        out = _transposed_tiles(flat, data, packing, None)
+    else:
+        out = _panels(flat, data, packing, transposed=True)
+    return out.reshape(*x.shape[:-1], packing.columns(data))
+
+
+def grouped(x: torch.Tensor, data: torch.Tensor, packing: Packing, ends: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """Every token times the matrix of its expert: (tokens, columns), sorted by expert → (tokens, rows); transposed: the reverse.
+
+    data: uint8 (experts, rows, bytes). ends: int32 (experts,), where the tokens of each expert end. Raises FormatError.
+    """
+    check_product(x, data, packing, transposed)
+    _check_ends(x, data, ends)
+    x = x.contiguous()
+    if not on_host(data) and multiplies_tiles(data):
+        return _transposed_tiles(x, data, packing, ends) if transposed else _tiles(x, data, packing, ends)
+    out, first = x.new_empty(len(x), packing.columns(data) if transposed else data.shape[1]), 0
+    raw = file_bytes(data, packing) if on_host(data) else data
+    for expert, end in enumerate(ends.tolist()):
+        if end > first:
+            out[first:end] = _one_expert(x[first:end], raw, expert, packing, transposed)
+        first = end
+    return out
+
+
+def _one_expert(x: torch.Tensor, data: torch.Tensor, expert: int, packing: Packing, transposed: bool) -> torch.Tensor:
+    """The product of one expert's tokens, where no program does all experts at once. data: on the CPU as in the file."""
     import torch
 
-    made = decoder(fmt)  # type: ignore[arg-type]
-    book, scales = tables(fmt, str(data.device))  # type: ignore[arg-type]
+    if on_host(data):
+        product = host.matmul_transposed if transposed else host.matmul
+        return product(x.float(), data[expert], packing.format).to(x.dtype)
+    rows = torch.arange(data.shape[1], device=data.device) + expert * data.shape[1]
+    weight = embedding(rows, data.reshape(-1, data.shape[2]), packing, x.dtype)
+    return x @ weight if transposed else x @ weight.T
+
+
+def swiglu(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, packings: tuple[Packing, Packing], ends: torch.Tensor | None = None
+) -> torch.Tensor:
+    """silu(x · gateᵀ) ∘ (x · upᵀ): (tokens, columns) → (tokens, rows); of experts with ``ends``, see ``grouped``."""
+    for data, packing in zip((gate, up), packings, strict=True):
+        check_product(x, data, packing)
+        if ends is not None:
+            _check_ends(x, data, ends)
+    if gate.shape[:-1] != up.shape[:-1]:
+        raise FormatError(f"gate and up have {gate.shape[-2]} and {up.shape[-2]} rows", hint="they must be of one layer")
+    x = x.contiguous()
+    if on_host(gate) or not multiplies_tiles(gate) or (ends is None and (len(x) <= FEW or len(x) > SOME)):
+        import torch
+
+        both = [
+            matmul(x, data, packing) if ends is None else grouped(x, data, packing, ends)
+            for data, packing in zip((gate, up), packings, strict=True)
+        ]
+        return torch.nn.functional.silu(both[0]) * both[1]
+    return _swiglu_tiles(x, gate, up, packings, ends)
+
+
+def _check_ends(x: torch.Tensor, data: torch.Tensor, ends: torch.Tensor) -> None:
+    if data.ndim != 3 or x.ndim != 2 or ends.shape != (len(data),) or ends.device != x.device:
+        raise FormatError(
+            f"inputs {tuple(x.shape)} with ends {tuple(ends.shape)} on {ends.device} do not fit experts {tuple(data.shape)}",
+            hint="give (tokens, columns), (experts, rows, bytes) and one end for each expert, on one device",
+        )
+
+
+def multiplies_tiles(data: torch.Tensor) -> bool:
+    """Whether Triton multiplies tiles on tensor cores there: from compute capability 8.0 on (and in its interpreter).
+
+    Older GPUs decode and leave products to torch; only few tokens are multiplied straight from the packed bytes.
+    """
+    import torch
+
+    return data.device.type != "cuda" or torch.cuda.get_device_capability(data.device) >= (8, 0)
+
+
+# -- Triton ---------------------------------------------------------------------------------------
+
+
+def _blocks(data: torch.Tensor, packing: Packing) -> int:
+    """Blocks in the tensor."""
+    return data.numel() // packing.format.block_bytes()
+
+
+def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Few tokens."""
+    given = packing.arguments(data)
     from quantkit.kernels.programs_product import matvec
 
-    shapes = {piece.elements.shape for piece in pieces_of(fmt)}
-    out = torch.empty(len(x), len(data), dtype=x.dtype, device=x.device)
-    matvec[(-(-len(data) // ROWS), len(x))](
-        x, data, out, len(data), data.shape[1] // fmt.block_bytes(), book, scales, DECODE=made.decode, WHERE=made.where,
-        PIECES=made.pieces, ELEMENTS=fmt.elements, BYTES=fmt.block_bytes(), SHAPE=shapes.pop() if len(shapes) == 1 else None,
-        ROWS=ROWS, TOGETHER=max(1, WEIGHTS // fmt.elements),
+    made = packing.decoder()
+    out = x.new_empty(len(x), len(data))
+    matvec[(-(-len(data) // MATVEC_ROWS), len(x))](
+        x=x, out=out, rows=len(data), total=_blocks(data, packing), WHERE=made.where, SHAPE=made.shape, ROWS=MATVEC_ROWS,
+        TOGETHER=max(1, MATVEC_WEIGHTS // packing.format.elements), enable_fp_fusion=True, **given,
     )  # fmt: skip
     return out
+
+
+def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[str, Any]:
+    """How a tile's blocks are taken apart: TOGETHER is a power of two that gives every dot enough depth."""
+    made = packing.decoder()
+    together = 1
+    while together * min(made.sizes) < 16 or together * made.largest < DEPTH:
+        together *= 2
+    found = {"PLACE": made.place, "SIZES": made.sizes, "TOGETHER": together, "total": _blocks(data, packing)}
+    return {f"{name}{suffix}": value for name, value in found.items()}
+
+
+def _height(*packings: Packing) -> int:
+    """Rows of a tile."""
+    easy = all(isinstance(p.format.values, Linear) and not isinstance(p.format.codes, Trits) for p in packings)
+    return ROWS if easy else NARROW
+
+
+def _grid(tokens: int, ends: torch.Tensor | None) -> tuple[int, int]:
+    """(tokens of a tile, tiles): few tokens an expert where there are many experts."""
+    each = tokens if ends is None else -(-tokens // len(ends))
+    tile = next((size for size in (16, 32, 64) if each <= size), 64)
+    return tile, -(-tokens // tile) + (0 if ends is None else len(ends))
+
+
+def _slots(tokens: int, ends: torch.Tensor, tile: int, count: int) -> torch.Tensor:
+    """int32 (count, 2): expert and first token of each tile, on the device; past the last one a token past the end."""
+    import torch
+
+    counts = torch.diff(ends, prepend=ends.new_zeros(1))
+    tiles = torch.cumsum((counts + tile - 1) // tile, 0)
+    slot = torch.arange(count, device=ends.device)
+    expert = torch.searchsorted(tiles, slot, right=True).clamp(max=len(ends) - 1)
+    before = torch.where(expert > 0, tiles[expert - 1], 0)
+    first = ends[expert] - counts[expert] + (slot - before) * tile
+    return torch.stack([expert, first.clamp(max=tokens)], 1).int()
+
+
+def _tiles(
+    x: torch.Tensor, data: torch.Tensor, packing: Packing, ends: torch.Tensor | None, low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Tiles of x · Wᵀ."""
+    given = packing.arguments(data)
+    from quantkit.kernels.programs_product import matmul as program
+
+    rows, height, (tile, count) = data.shape[-2], _height(packing), _grid(len(x), ends)
+    out = x.new_empty(len(x), rows)
+    rank = 0 if low is None else low.shape[1]
+    if len(x):
+        program[(-(-rows // height), count)](
+            x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
+            low=x if low is None else low, up=x if up is None else up.contiguous(), rows=rows, tokens=len(x), rank=rank,
+            GROUPED=ends is not None, RANK=rank and max(16, 1 << (rank - 1).bit_length()), ROWS=height, TOKENS=tile, **LAUNCH,
+            **given, **_geometry(packing, data),
+        )  # fmt: skip
+    return out
+
+
+def _swiglu_tiles(
+    x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, packings: tuple[Packing, Packing], ends: torch.Tensor | None
+) -> torch.Tensor:
+    """Tiles of both products and what is made of them."""
+    given = {**packings[0].arguments(gate, "_gate"), **packings[1].arguments(up, "_up")}
+    from quantkit.kernels.programs_product import swiglu as program
+
+    rows, height, (tile, count) = gate.shape[-2], _height(*packings), _grid(len(x), ends)
+    out = x.new_empty(len(x), rows)
+    if len(x):
+        program[(-(-rows // height), count)](
+            x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
+            rows=rows, tokens=len(x), GROUPED=ends is not None, ROWS=height, TOKENS=tile, **LAUNCH,
+            **given, **_geometry(packings[0], gate, "_gate"), **_geometry(packings[1], up, "_up"),
+        )  # fmt: skip
+    return out
+
+
+def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, ends: torch.Tensor | None) -> torch.Tensor:
+    """Tiles of x · W, one launch for each piece of the blocks."""
+    given = packing.arguments(data)
+    from quantkit.kernels.programs_product import matmul_transposed as program
+
+    pieces = given.pop("PIECES")
+    shape, (tile, count) = _geometry(packing, data), _grid(len(x), ends)
+    out = x.new_empty(len(x), packing.columns(data))
+    for piece in range(pieces if len(x) else 0):
+        program[(-(-given["blocks"] // shape["TOGETHER"]), count)](
+            x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
+            rows=data.shape[-2], tokens=len(x), PIECE=piece, GROUPED=ends is not None, ROWS=_height(packing), TOKENS=tile,
+            **LAUNCH, **given, **shape,
+        )  # fmt: skip
+    return out
+
+
+def _panels(x: torch.Tensor, data: torch.Tensor, packing: Packing, transposed: bool) -> torch.Tensor:
+    """Many tokens: torch multiplies, with panels of decoded rows. Sums over panels are float32."""
+    import torch
+
+    columns, wide = packing.columns(data), torch.float32
+    step = max(1, PANEL // columns)
+    out = x.new_zeros(len(x), columns, dtype=wide) if transposed else x.new_empty(len(x), len(data))
+    for first in range(0, len(data), step):
+        rows = torch.arange(first, min(first + step, len(data)), device=data.device)
+        panel = embedding(rows, data, packing, x.dtype)
+        if transposed:
+            out += x[:, first : first + len(panel)] @ panel
+        else:
+            out[:, first : first + len(panel)] = x @ panel.T
+    return out.to(x.dtype)

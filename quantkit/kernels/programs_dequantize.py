@@ -8,13 +8,18 @@ import triton.language as tl
 
 @triton.jit
 def dequantize(
-    raw, out, count, book, scales, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr, ELEMENTS: tl.constexpr,
-    BYTES: tl.constexpr, TOGETHER: tl.constexpr,
+    raw, out, ids, count, blocks, total, book, scales, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
+    ELEMENTS: tl.constexpr, GATHER: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """TOGETHER whole blocks a program. raw: uint8 (count · BYTES,); out: (count · ELEMENTS,)."""
-    block = (tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER))[:, None, None]
-    live = block < count
-    base = raw + block * BYTES
+    """TOGETHER whole blocks a program, of all rows or (GATHER) of the rows in ``ids``.
+
+    raw: uint8, ``total`` blocks in rows of ``blocks``; out: (count · ELEMENTS,), ``count`` blocks.
+    """
+    to = (tl.program_id(0).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER))[:, None, None]
+    live = to < count
+    block = to
+    if GATHER:
+        block = tl.load(ids + to // blocks, mask=live, other=0).to(tl.int64) * blocks + to % blocks
     for piece in tl.static_range(PIECES):
-        weight = DECODE(base, live, book, scales, piece)
-        tl.store(out + block * ELEMENTS + WHERE(piece), weight.to(out.dtype.element_ty), mask=live)
+        weight = DECODE(raw, block, tl.cast(total, tl.int64), live, book, scales, piece)
+        tl.store(out + to * ELEMENTS + WHERE(piece), weight.to(out.dtype.element_ty), mask=live)

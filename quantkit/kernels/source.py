@@ -38,6 +38,27 @@ class Piece:
         return self.elements.shape[1]
 
 
+@dataclass(frozen=True)
+class Plane:
+    """Bytes of every block that lie together in a repacked tensor. offset, size: in the block."""
+
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def alignment(self) -> int:
+        """The power of two, up to 16, at which each block's part lies."""
+        return min(self.size & -self.size, 16)
+
+
+def planes_of(fmt: type[Format]) -> list[Plane]:
+    """A block's fields as planes; those that can be loaded widest come first, so that all are aligned."""
+    assert fmt.layout.fields is not None
+    found = [Plane(name, int(entry[1]), int(entry[0].itemsize)) for name, entry in fmt.layout.fields.items()]
+    return sorted(found, key=lambda plane: -plane.alignment)
+
+
 def pieces_of(fmt: type[Format]) -> list[Piece]:
     """The pieces of a block, which together cover every weight once."""
     whole = np.arange(fmt.elements)
@@ -88,8 +109,10 @@ def fitted(numbers: Numbers) -> str | None:
 class Writer:
     """Collects the lines of a function body for one piece."""
 
-    def __init__(self, fmt: type[Format], piece: Piece) -> None:
+    def __init__(self, fmt: type[Format], piece: Piece, planes: bool = False) -> None:
         self.fmt, self.piece, self.count = fmt, piece, 0
+        self._planes = planes_of(fmt) if planes else [Plane("block", 0, fmt.block_bytes())]
+        self._known: set[str] = set()
         self.lines = [
             f"{RUN} = tl.arange(0, {piece.runs})[None, :, None]",
             f"{LANE} = tl.arange(0, {piece.length})[None, None, :]",
@@ -133,20 +156,33 @@ class Writer:
         breaks = [0, *(int(b) + 1 for b in np.flatnonzero(~follows.all((0, 1)))), width]
         return list(pairwise(breaks))
 
+    def base(self, first: int, last: int) -> tuple[str, int]:
+        """Name of the pointer to a plane's part of every block, and the byte of the block that it points to."""
+        for plane in self._planes:
+            if plane.offset <= first and last < plane.offset + plane.size:
+                name = f"at_{plane.name}"
+                if name not in self._known:
+                    self._known.add(name)
+                    start = sum(other.size for other in self._planes[: self._planes.index(plane)])
+                    self.lines.append(f"{name} = raw + {f'total * {start} + ' if start else ''}block * {plane.size}")
+                return name, plane.offset
+        raise ValueError(f"{self.fmt.name}: bytes {first} to {last} lie in several planes")
+
     def _fetched(self, bits: Numbers, to: int) -> str | None:
         """Code of consecutive bits, moved to bit ``to``."""
         width, lowest = bits.shape[-1], bits[..., 0]
-        byte, shift = fitted(lowest // 8), fitted(lowest % 8)
         over = int((lowest % 8).max()) + width > 8  # into the next byte
+        base, origin = self.base(int(lowest.min()) // 8, int(lowest.max() + width - 1) // 8)
+        byte, shift = fitted(lowest // 8 - origin), fitted(lowest % 8)
         if byte is None or shift is None:
-            bit = fitted(lowest)
+            bit = fitted(lowest - 8 * origin)
             if bit is None:
                 return None
             bit = self.name(bit, "bit")
             byte, shift = f"({bit} >> 3)", f"{bit} & 7"
-        code = f"tl.load(base + ({byte}), mask=live, other=0).to(tl.int32)"
+        code = f"tl.load({base} + ({byte}), mask=live, other=0).to(tl.int32)"
         if over:
-            code = f"({code} | (tl.load(base + ({byte} + 1), mask=live, other=0).to(tl.int32) << 8))"
+            code = f"({code} | (tl.load({base} + ({byte} + 1), mask=live, other=0).to(tl.int32) << 8))"
         if shift != "0":
             code = f"({code} >> ({shift}))"
         if over or not shift.isdigit() or int(shift) + width != 8:
@@ -156,7 +192,8 @@ class Writer:
     def half(self, field: str) -> str:
         """A half-precision field of every block, float32."""
         place = int(self.fmt.layout.fields[field][1])  # type: ignore[index]
-        pointer = f"(base + {place}).to(tl.pointer_type(tl.float16))"
+        base, origin = self.base(place, place + 1)
+        pointer = f"({base} + {place - origin}).to(tl.pointer_type(tl.float16))"
         return self.name(f"tl.load({pointer}, mask=live, other=0.0).to(tl.float32)", "half")
 
 
@@ -217,7 +254,8 @@ def digits(out: Writer, number: int) -> str:
     for name, start, _, run, count in fmt.codes.runs:
         if first <= number < first + count:
             at = int(fmt.layout.fields[name][1]) + start  # type: ignore[index]
-            byte = f"tl.load(base + ({at} + {RUN} * {run} + {LANE}), mask=live, other=0).to(tl.int32)"
+            base, origin = out.base(at, at + out.piece.runs * run - 1)
+            byte = f"tl.load({base} + ({at - origin} + {RUN} * {run} + {LANE}), mask=live, other=0).to(tl.int32)"
             return out.name(f"(((({byte} * {3 ** (number - first)}) & 255) * 3 >> 8) - {fmt.values.zero}).to(tl.float32)", "v")
         first += count
     raise ValueError(f"{fmt.name} has no piece {number}")
@@ -245,9 +283,9 @@ def book_values(out: Writer) -> str:
     return out.name(f"tl.where({bit} != 0, -{v}, {v})", "v")
 
 
-def body(fmt: type[Format], piece: Piece, number: int) -> list[str]:
+def body(fmt: type[Format], piece: Piece, number: int, planes: bool) -> list[str]:
     """Lines that return a piece's weights."""
-    out = Writer(fmt, piece)
+    out = Writer(fmt, piece, planes)
     groups = piece.elements[:, :1] // (fmt.elements // fmt.groups())
     weight = f"{scale(out, groups)} * {values(out, number)}"
     if fmt.block_minimum is not None:
@@ -258,22 +296,34 @@ def body(fmt: type[Format], piece: Piece, number: int) -> list[str]:
     return [*out.lines, f"w = {weight}"]
 
 
-def decoder_source(fmt: type[Format]) -> str:
-    """Triton source of two functions: ``decode`` gives the weights of a piece, ``where`` their numbers in the block."""
-    lines = [
-        "import triton",
-        "import triton.language as tl",
-        "",
-        "",
-        "@triton.jit",
-        "def decode(base, live, book, scales, piece: tl.constexpr):",
-    ]
+def decoder_source(fmt: type[Format], planes: bool = False) -> str:
+    """Triton source of three functions of a piece.
+
+    ``decode`` gives its weights in ``block`` (of ``total``), ``where`` their numbers in the block, both as a tile (blocks,
+    runs, length); ``place`` gives the number of the weight that is ``index``-th in the tile's order. planes: the tensor
+    was repacked (repack.py).
+    """
     pieces = pieces_of(fmt)
-    for number, piece in enumerate(pieces):
-        lines.append(f"    {'if' if not number else 'elif'} piece == {number}:")
-        lines += [f"        {line}" for line in body(fmt, piece, number)]
-    lines += ["    return w", "", "", "@triton.jit", "def where(piece: tl.constexpr):"]
-    for number, piece in enumerate(pieces):
-        lines.append(f"    {'if' if not number else 'elif'} piece == {number}:")
-        lines += [f"        {line}" for line in Writer(fmt, piece).lines] + [f"        e = {fitted(piece.elements)}"]
-    return "\n".join([*lines, "    return e", ""])
+    lines = ["import triton", "import triton.language as tl"]
+
+    def function(head: str, bodies: list[list[str]], result: str) -> None:
+        lines.extend(["", "", "@triton.jit", head])
+        for number, code in enumerate(bodies):
+            lines.append(f"    {'if' if not number else 'elif'} piece == {number}:")
+            lines.extend(f"        {line}" for line in code)
+        lines.append(f"    return {result}")
+
+    decode = "def decode(raw, block, total, live, book, scales, piece: tl.constexpr):"
+    function(decode, [body(fmt, piece, number, planes) for number, piece in enumerate(pieces)], "w")
+    shapes = [[*Writer(fmt, piece).lines, f"e = {fitted(piece.elements)}"] for piece in pieces]
+    function("def where(piece: tl.constexpr):", shapes, "e")
+    flat = [
+        [
+            f"{RUN} = index // {p.length}",
+            f"{LANE} = index" + (f" % {p.length}" if p.runs > 1 else ""),
+            f"e = {fitted(p.elements)}",
+        ]
+        for p in pieces
+    ]
+    function("def place(index, piece: tl.constexpr):", flat, "e")
+    return "\n".join([*lines, ""])

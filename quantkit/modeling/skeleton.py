@@ -22,16 +22,25 @@ if TYPE_CHECKING:
 ReadTensor = Callable[[str], npt.NDArray[np.float32]]
 
 
-def empty_model(checkpoint: Checkpoint) -> Any:
-    """transformers' model of a checkpoint's architecture on the meta device, in float32, for inference."""
-    import torch
+def model_config(checkpoint: Checkpoint, cache: bool = False) -> Any:
+    """transformers' configuration of a checkpoint's architecture. cache: keep keys and values from token to token."""
     import transformers
 
     require_readable(checkpoint)
     quiet()
-    config = transformers.AutoConfig.for_model(
-        checkpoint.config.get("model_type", checkpoint.family.model_type), **_config_fields(checkpoint)
-    )
+    kind = checkpoint.config.get("model_type", checkpoint.family.model_type)
+    return transformers.AutoConfig.for_model(kind, **_config_fields(checkpoint), use_cache=cache)
+
+
+def empty_model(checkpoint: Checkpoint, cache: bool = False) -> Any:
+    """transformers' model of a checkpoint's architecture on the meta device, in float32, for inference.
+
+    cache: see ``model_config``, as generating wants it.
+    """
+    import torch
+    import transformers
+
+    config = model_config(checkpoint, cache)
     config._attn_implementation = "sdpa"
     config._experts_implementation = "eager"
     with torch.device("meta"):
@@ -43,9 +52,8 @@ def empty_model(checkpoint: Checkpoint) -> Any:
 
 
 def _config_fields(checkpoint: Checkpoint) -> dict[str, Any]:
-    fields = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype", "torch_dtype")}
+    fields = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "dtype", "torch_dtype", "use_cache")}
     fields["tie_word_embeddings"] = checkpoint.tied
-    fields["use_cache"] = False
     return fields
 
 

@@ -10,7 +10,7 @@ from quantkit.errors import CheckpointError
 
 
 class TextEncoder:
-    """Encodes text without special tokens; ``bos`` is the id to put in front, or None."""
+    """Encodes text without special tokens; ``bos`` is the id to put in front, or None; ``ends`` are those that end a text."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         from tokenizers import Tokenizer
@@ -19,6 +19,8 @@ class TextEncoder:
         kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "tekken"))
         self.bos = metadata.get("tokenizer.ggml.bos_token_id") if add_bos else None
+        ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+        self.ends = [int(token) for token in ends if token is not None]
         self.chat_template: str | None = metadata.get("tokenizer.chat_template")
         tokens = metadata["tokenizer.ggml.tokens"]
         self._special = {
@@ -52,8 +54,16 @@ class TextEncoder:
         """Text of token ids."""
         return self._tokenizer.decode(ids)
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """Messages in the model's chat template (sandboxed), or joined by lines if it has none or it fails."""
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a text that begins a sequence, with the beginning-of-text id where the model wants one."""
+        ids = self.encode(text)
+        return ids if self.bos is None or ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def render_chat(self, messages: list[dict[str, str]], answer: bool = False) -> str:
+        """Messages in the model's chat template (sandboxed), or joined by lines if it has none or it fails.
+
+        answer: with what precedes the model's own next message.
+        """
         from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -61,7 +71,9 @@ class TextEncoder:
             environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
             names = {f"{name}_token": token for name, token in self._special.items()}
             try:
-                return environment.from_string(self.chat_template).render(messages=messages, **names)
+                return environment.from_string(self.chat_template).render(
+                    messages=messages, add_generation_prompt=answer, **names
+                )
             except TemplateError:
                 pass
         return "\n".join(message["content"] for message in messages)

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from quantkit.checkpoint.files import write_text
-from quantkit.encoders.threads import default_threads
 from quantkit.errors import MissingDependencyError, PlanError, QuantkitError
 from quantkit.formats import Format, formats
 from quantkit.jit import cache_root
 from quantkit.planning.speed import QUIET, Rates
 from quantkit.progress import Progress
+from quantkit.threads import default_threads
 from quantkit.versions import package_versions
 
 SIDE = 4096  # rows and columns of a matrix

@@ -32,7 +32,6 @@ from quantkit.checkpoint.safetensors_writer import (
     shard_names,
 )
 from quantkit.encoders.base import check_finite
-from quantkit.encoders.threads import default_threads
 from quantkit.errors import FormatError, OutputError, PlanError
 from quantkit.formats.tensors import TensorFormat
 from quantkit.progress import Progress
@@ -40,6 +39,7 @@ from quantkit.quantizer.folder_config import quantization_config
 from quantkit.quantizer.folder_plan import FolderPlan, plan_folder, require_source
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.stream import in_order
+from quantkit.threads import default_threads
 from quantkit.versions import package_versions
 
 SHARD_BYTES = 4 << 30

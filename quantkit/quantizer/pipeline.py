@@ -26,7 +26,6 @@ from quantkit.checkpoint.gguf_writer import GgufWriter, TensorSpec, file_bytes, 
 from quantkit.encoders import get_encoder
 from quantkit.encoders.pins import pin
 from quantkit.encoders.stats import ActivationStats
-from quantkit.encoders.threads import default_threads, lone_products
 from quantkit.errors import OutputError, PlanError
 from quantkit.formats import get_format
 from quantkit.planning.artifact import HASH_BYTES, HASHES, bits_per_weight, output_metadata, tensor_specs
@@ -35,6 +34,7 @@ from quantkit.progress import Progress
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.stream import in_order
 from quantkit.quantizer.tensor_cache import TensorCache
+from quantkit.threads import default_threads, lone_products
 from quantkit.versions import package_versions
 
 TENSORS = "tensors"  # folder of encoded tensors in the work directory

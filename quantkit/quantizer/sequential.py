@@ -33,7 +33,6 @@ from quantkit.analysis.windows import probe_windows
 from quantkit.checkpoint import Checkpoint, TensorInfo
 from quantkit.checkpoint.roles import Role
 from quantkit.encoders.stats import ActivationStats
-from quantkit.encoders.threads import default_threads, map_threads
 from quantkit.formats import get_format
 from quantkit.modeling.blocks import Blocks
 from quantkit.modeling.products import fast_float32
@@ -42,6 +41,7 @@ from quantkit.progress import Progress, Task
 from quantkit.quantizer.pipeline import TENSORS, Job, Packed, decode_all, encode_all
 from quantkit.quantizer.sequential_inputs import ADDED, Inputs, Pairs
 from quantkit.quantizer.sequential_sums import Sums, add_up, expert_ranges
+from quantkit.threads import default_threads, map_threads
 
 if TYPE_CHECKING:
     import torch

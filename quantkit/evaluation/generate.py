@@ -1,0 +1,116 @@
+"""Text from a model, token by token: through torch, where quantized weights stay packed, or through llama.cpp."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import CalibrationError, QuantkitError
+from quantkit.evaluation.runners import open_llama
+from quantkit.modeling.packed import packed_model
+from quantkit.modeling.products import fast_float32
+from quantkit.modeling.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature: 0 takes the most likely. top_k: 0 for all. top_p: 1 for all."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise QuantkitError(
+                f"cannot sample with temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}",
+                hint="temperature and top-k are at least 0, top-p lies above 0 and at most at 1",
+            )
+
+
+@dataclass
+class Generation:
+    """prompt, tokens: ids. text: of the tokens. seconds: (for the prompt and the first token, for all others)."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    seconds: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second after the first."""
+        return (len(self.tokens) - 1) / self.seconds[1] if len(self.tokens) > 1 else 0.0
+
+
+def generate(
+    checkpoint: Checkpoint, prompt: str, count: int = 128, sampling: Sampling | None = None, *, runtime: str = "torch",
+    device: str = "cpu", chat: bool = False, show: Callable[[str], None] | None = None,
+) -> Generation:  # fmt: skip
+    """At most ``count`` tokens after ``prompt``, fewer if the model ends its text.
+
+    chat: the prompt is a user's message in the model's chat template. show: is called with each new piece of text.
+    Raises CalibrationError for an empty prompt, CheckpointError if the runtime cannot run the model.
+    """
+    encoder = TextEncoder(checkpoint)
+    if chat:
+        prompt = encoder.render_chat([{"role": "user", "content": prompt}], answer=True)
+    out = Generation(encoder.prompt(prompt))
+    if not out.prompt:
+        raise CalibrationError("the prompt is empty", hint="give some text")
+    run = _llama if runtime == "llama" else _torch
+    started = first = time.perf_counter()
+    for token in run(checkpoint, out.prompt, count, sampling or Sampling(), encoder.ends, device):
+        first = first if out.tokens else time.perf_counter()
+        out.tokens.append(token)
+        before, out.text = out.text, encoder.decode(out.tokens)
+        if show and not out.text.endswith("\ufffd"):  # half of a character
+            show(out.text[len(before.rstrip("\ufffd")) :])
+    out.seconds = (first - started, time.perf_counter() - first)
+    return out
+
+
+def _torch(checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int], device: str) -> Iterator[int]:
+    """transformers' forward with its cache, one token at a time."""
+    import torch
+
+    model = packed_model(checkpoint, device=device)
+    chance = torch.Generator().manual_seed(sampling.seed)
+    given, cache = torch.tensor([ids], device=device), None
+    for _ in range(count):
+        with torch.inference_mode(), fast_float32():
+            out = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        token = choose(out.logits[0, -1].float().cpu(), sampling, chance)
+        if token in ends:
+            return
+        yield token
+        given = torch.tensor([[token]], device=device)
+
+
+def choose(logits: Any, sampling: Sampling, chance: Any) -> int:
+    """The next token. logits: float32 (vocabulary,); chance: torch's generator of random numbers."""
+    import torch
+
+    if not sampling.temperature:
+        return int(logits.argmax())
+    scores, tokens = (logits / sampling.temperature).sort(descending=True, stable=True)
+    if sampling.top_k:
+        scores = scores[: sampling.top_k]
+    shares = scores.softmax(0)
+    shares = shares[: int((shares.cumsum(0) - shares < sampling.top_p).sum())]
+    return int(tokens[torch.multinomial(shares, 1, generator=chance)])
+
+
+def _llama(checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int], device: str) -> Iterator[int]:
+    """llama.cpp's own loop, and its own way of choosing."""
+    with open_llama(checkpoint, len(ids) + count, seed=sampling.seed) as model:
+        tokens = model.generate(ids, temp=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=0.0)
+        for _, token in zip(range(count), tokens, strict=False):
+            if token in ends:
+                return
+            yield int(token)

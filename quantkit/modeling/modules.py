@@ -1,0 +1,160 @@
+"""Layers that keep packed bytes: QuantLinear, QuantEmbedding, QuantExperts. Imported only inside functions: it needs torch.
+
+Parameters are the file's own bytes, uint8, which no change of type touches. On a GPU the bytes of some formats lie in
+another order (kernels/repack.py); a state dict always has the file's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.errors import FormatError
+from quantkit.formats import get_format
+from quantkit.kernels import ops, repack
+from quantkit.kernels.packed import Packing
+
+PLAIN = ""  # in place of a format's name: the parameter is not packed
+
+
+class Packed(nn.Module):
+    """A module with packed parameters. formats: parameter → format's name, or PLAIN."""
+
+    def __init__(self, formats: dict[str, str]) -> None:
+        super().__init__()
+        for name in formats.values():
+            if name != PLAIN and get_format(name).codes is None:
+                raise FormatError(f"{name} has no blocks to keep packed", hint="use torch's own layers")
+        self.formats = dict(formats)
+        self._planes = dict.fromkeys(formats, False)
+
+    def packing(self, name: str) -> str:
+        """How the bytes of a parameter are to be read, as the operators take it."""
+        return str(Packing(get_format(self.formats[name]), self._planes[name]))
+
+    def lay_out(self, planes: Callable[[str, Tensor], bool] | None = None) -> None:
+        """Give every parameter the order of bytes that its device reads fastest, or the one that ``planes`` says."""
+        for name, data in self._parameters.items():
+            if data is None or self.formats.get(name, PLAIN) == PLAIN or data.device.type == "meta":
+                continue
+            fmt = get_format(self.formats[name])
+            wanted = planes(name, data) if planes else data.device.type == "cuda" and repack.gains(fmt)
+            if wanted != self._planes[name]:
+                data.data = repack.pack(data.data, fmt) if wanted else repack.unpack(data.data, fmt)
+                self._planes[name] = wanted
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        self.lay_out()
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, moved in self._planes.items():
+            if moved:
+                destination[prefix + name] = repack.unpack(destination[prefix + name], get_format(self.formats[name]))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.lay_out(lambda name, data: False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.lay_out()
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    """A parameter without a gradient."""
+    return nn.Parameter(value, requires_grad=False)
+
+
+class QuantLinear(Packed):
+    """x · Wᵀ + bias. weight: uint8 (out_features, bytes of a row); bias: (out_features,) or None.
+
+    Not a ``nn.Linear``, so that nobody adds floating-point numbers to the bytes.
+    """
+
+    def __init__(self, weight: Tensor, format: str, bias: Tensor | None = None) -> None:
+        super().__init__({"weight": format})
+        self.weight = frozen(weight)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.in_features = Packing.of(format).columns(weight)
+        self.out_features = len(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = ops.linear(x, self.weight, self.packing("weight"))
+        return out if self.bias is None else out + self.bias
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights, (out_features, in_features)."""
+        return ops.dequantize(self.weight, self.packing("weight"), dtype)
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.formats['weight']}, bias={bias}"
+
+
+class QuantEmbedding(Packed):
+    """Rows of a packed table. weight: uint8 (num_embeddings, bytes of a row); rows are decoded to the module's type."""
+
+    def __init__(self, weight: Tensor, format: str, dtype: torch.dtype = torch.float32, padding_idx: int | None = None) -> None:
+        super().__init__({"weight": format})
+        self.weight = frozen(weight)
+        self.num_embeddings, self.embedding_dim = len(weight), Packing.of(format).columns(weight)
+        self.padding_idx = padding_idx
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)  # its type is ours
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return ops.embedding(ids, self.weight, self.packing("weight"), self._like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.formats['weight']}"
+
+
+class QuantExperts(Packed):
+    """Routed experts, with the inputs and output of transformers' own: down(act(gate · x) ∘ (up · x)) for the experts chosen.
+
+    gate_proj, up_proj: (experts, width, bytes); down_proj: (experts, hidden, bytes); each uint8 in a format of its own,
+    or floating point (PLAIN).
+    """
+
+    gate_proj: Tensor
+    up_proj: Tensor
+    down_proj: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor], formats: dict[str, str], activation: str = "silu") -> None:
+        super().__init__(formats)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(self, name, frozen(tensors[name]))
+        self.num_experts, self.activation = len(tensors["gate_proj"]), activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(tokens, hidden), expert numbers and their weights (tokens, k) → (tokens, hidden)."""
+        chosen = top_k_index.reshape(-1)
+        order = torch.argsort(chosen, stable=True)
+        counts = (chosen[:, None] == torch.arange(self.num_experts, device=chosen.device)).sum(0)
+        ends = torch.cumsum(counts, 0).int()
+        x = hidden_states[order // top_k_index.shape[1]]
+        out = self._product(self._inside(x, ends), "down_proj", ends)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        out = out[back].reshape(*top_k_index.shape, -1)
+        return (out * top_k_weights[..., None].to(out.dtype)).sum(1)
+
+    def _inside(self, x: Tensor, ends: Tensor) -> Tensor:
+        """What goes into the last product."""
+        packed = PLAIN not in (self.formats["gate_proj"], self.formats["up_proj"])
+        if packed and self.activation in ("silu", "swish"):
+            return ops.swiglu(x, self.gate_proj, self.up_proj, self.packing("gate_proj"), self.packing("up_proj"), ends)
+        from transformers.activations import ACT2FN
+
+        return ACT2FN[self.activation](self._product(x, "gate_proj", ends)) * self._product(x, "up_proj", ends)
+
+    def _product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        weight = getattr(self, name)
+        if self.formats[name] != PLAIN:
+            return ops.grouped(x, weight, self.packing(name), ends)
+        bounds = [0, *ends.tolist()]
+        return torch.cat([x[a:b] @ w.T.to(x.dtype) for a, b, w in zip(bounds, bounds[1:], weight, strict=False)])
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} experts, " + ", ".join(f"{name}: {fmt or 'plain'}" for name, fmt in self.formats.items())

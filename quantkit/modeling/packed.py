@@ -1,0 +1,169 @@
+"""A quantized GGUF in torch without expanding it: transformers' model whose linear maps, embedding and experts stay packed.
+
+Three steps, so that transformers' own loader can take the same way: which parameters are packed (``formats_of``), layers
+for them in a model on the meta device (``prepare``), and their bytes (``fill``).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.errors import CheckpointError
+from quantkit.formats import get_format
+from quantkit.modeling.skeleton import empty_model, parameter_value, row_order, set_parameter, tensor_names
+
+if TYPE_CHECKING:
+    import torch
+
+EXPERTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def packed_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Any:
+    """The model of a checkpoint, ready to run and to generate; what is quantized stays packed.
+
+    dtype: of everything else, and of the activations (float32 by default). Tensors that are not quantized become
+    ordinary parameters, so a checkpoint in BF16 gives an ordinary model. Raises CheckpointError if it cannot be read.
+    """
+    import torch
+
+    from quantkit.modeling.plugin_transformers import mark
+
+    model = empty_model(checkpoint, cache=True)
+    formats = formats_of(checkpoint, model)
+    prepare(model, formats)
+    if formats:
+        mark(model, formats, rope_divisors(checkpoint))
+    fill(checkpoint, model, dtype or torch.float32)
+    try:
+        return model.to(dtype or torch.float32).to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{checkpoint.path.name} cannot be put on {device} ({error})", hint="try the device cpu") from None
+
+
+def formats_of(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
+    """Packed parameter → format, for the layers of a model that are quantized in its file; PLAIN for experts' other tensors."""
+    import torch
+
+    if not isinstance(checkpoint, GgufCheckpoint):
+        return {}
+    out: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            parts = {f"{name}.weight": _tensor_of(checkpoint, f"{name}.weight")}
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+            parts = {f"{name}.{part}": _tensor_of(checkpoint, f"{name}.{part}") for part in EXPERTS}
+        else:
+            continue
+        found = {key: _format(checkpoint, tensor) for key, tensor in parts.items()}
+        out.update(found if any(found.values()) else {})
+    return out
+
+
+def _tensor_of(checkpoint: Checkpoint, parameter: str) -> str:
+    """The GGUF tensor of a packed parameter."""
+    if parameter == "lm_head.weight" and checkpoint.tied:
+        return "token_embd.weight"
+    stem, _, leaf = parameter.rpartition(".")
+    if leaf in EXPERTS:
+        tensors = tensor_names(checkpoint, f"{stem}.gate_up_proj") + tensor_names(checkpoint, f"{stem}.down_proj")
+        return tensors[EXPERTS.index(leaf)]
+    return tensor_names(checkpoint, parameter)[0]
+
+
+def _format(checkpoint: Checkpoint, tensor: str) -> str:
+    """Its format's name, PLAIN for float types. Raises CheckpointError for a type that nothing here decodes."""
+    from quantkit.modeling.modules import PLAIN
+
+    dtype = checkpoint.info(tensor).dtype
+    return PLAIN if dtype in checkpoint.plain_types else get_format(dtype).name
+
+
+def prepare(model: Any, formats: dict[str, str]) -> None:
+    """Put packed layers without bytes in the place of those whose parameters have formats. model: on the meta device."""
+    import torch
+
+    from quantkit.modeling.modules import QuantEmbedding, QuantExperts, QuantLinear
+
+    own: dict[str, dict[str, str]] = {}
+    for parameter, fmt in formats.items():
+        name, _, leaf = parameter.rpartition(".")
+        own.setdefault(name, {})[leaf] = fmt
+    for name, parts in own.items():
+        module = model.get_submodule(name)
+        made: torch.nn.Module
+        if isinstance(module, torch.nn.Linear):
+            shape = (module.out_features, module.in_features)
+            made = QuantLinear(_without_bytes(parts["weight"], *shape), parts["weight"], module.bias)
+        elif isinstance(module, torch.nn.Embedding):
+            shape = (module.num_embeddings, module.embedding_dim)
+            weight = _without_bytes(parts["weight"], *shape)
+            made = QuantEmbedding(weight, parts["weight"], module.weight.dtype, module.padding_idx)
+        else:
+            experts, both, columns = module.gate_up_proj.shape
+            shapes = dict.fromkeys(EXPERTS[:2], (experts, both // 2, columns)) | {"down_proj": tuple(module.down_proj.shape)}
+            tensors = {
+                part: _without_bytes(fmt, *shapes[part]) if fmt else module.down_proj.new_empty(shapes[part])
+                for part, fmt in parts.items()
+            }
+            made = QuantExperts(tensors, parts, getattr(model.config, "hidden_act", "silu"))
+        put(model, name, made)
+
+
+def _without_bytes(fmt: str, *shape: int) -> torch.Tensor:
+    """Packed bytes on the meta device for weights of a shape."""
+    import torch
+
+    return torch.empty(*shape[:-1], get_format(fmt).row_bytes(shape[-1]), dtype=torch.uint8, device="meta")
+
+
+def put(model: Any, name: str, module: Any) -> None:
+    """Replace a submodule."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def fill(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
+    """Give every parameter of a prepared model its value, each on the device where it is (the CPU instead of meta)."""
+    import torch
+
+    from quantkit.modeling.modules import PLAIN, Packed
+
+    packed = {
+        f"{name}.{leaf}": fmt
+        for name, module in model.named_modules()
+        if isinstance(module, Packed)
+        for leaf, fmt in module.formats.items()
+    }
+    for name, old in list(model.named_parameters(remove_duplicate=False)):
+        if name == "lm_head.weight" and checkpoint.tied:
+            continue
+        if packed.get(name, PLAIN) != PLAIN:
+            value = packed_tensor(checkpoint, _tensor_of(checkpoint, name))
+        elif name in packed:  # experts of which others are packed
+            value = torch.from_numpy(checkpoint.read(_tensor_of(checkpoint, name))).to(dtype)
+        else:
+            value = parameter_value(checkpoint, name, checkpoint.read).to(dtype)
+        set_parameter(model, name, value.to(old.device if old.device.type != "meta" else "cpu"))
+    if checkpoint.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def packed_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """A quantized tensor as it lies in the file, its rows in transformers' order: uint8 (..., rows, bytes)."""
+    import torch
+
+    assert isinstance(checkpoint, GgufCheckpoint)
+    info = checkpoint.info(name)
+    data = checkpoint.read_packed(name, 0, info.rows).reshape(*info.shape[:-1], -1)
+    if checkpoint.family.permutes_qk and info.experts == 1:
+        data = data[row_order(checkpoint, name)]
+    return torch.from_numpy(data)
+
+
+def rope_divisors(checkpoint: Checkpoint) -> list[float] | None:
+    """What a GGUF divides its rotary frequencies by (Llama 3.1's scaling), None if it does not."""
+    name = "rope_freqs.weight"
+    if not isinstance(checkpoint, GgufCheckpoint) or name not in checkpoint.tensors:
+        return None
+    return [float(value) for value in checkpoint.read(name)]

@@ -1,0 +1,172 @@
+"""quantkit as a quantization method of transformers. Imported only inside functions: it needs transformers.
+
+With ``QuantkitConfig`` imported, ``AutoModelForCausalLM.from_pretrained(PATH, quantization_config=QuantkitConfig())``
+loads a quantized GGUF with its weights packed, a folder that ``save_pretrained`` wrote of such a model (there the
+argument can be left out), and with ``QuantkitConfig(format="Q4_K")`` a model that is not quantized yet.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.encoders import get_encoder
+from quantkit.errors import FormatError, PlanError
+from quantkit.formats import get_format
+from quantkit.modeling.modules import Packed, QuantExperts, QuantLinear
+from quantkit.modeling.packed import EXPERTS, fill, formats_of, prepare, put, rope_divisors
+from quantkit.modeling.skeleton import model_config
+
+METHOD = "quantkit"
+SUFFIX = ".gguf"
+
+
+@register_quantization_config(METHOD)
+class QuantkitConfig(QuantizationConfigMixin):
+    """format: quantize a model to it while loading (a GGUF format, rounded by ggml's method without activation statistics).
+
+    modules_to_not_convert: parts of names of modules to leave alone then (by default the head). formats: of a model that
+    is quantized, parameter → format. rope_divisors: what its rotary frequencies are divided by, where the file says so.
+    """
+
+    def __init__(
+        self, format: str | None = None, modules_to_not_convert: list[str] | None = None, formats: dict[str, str] | None = None,
+        rope_divisors: list[float] | None = None, **ignored: Any,
+    ) -> None:  # fmt: skip
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.format = format
+        self.modules_to_not_convert = modules_to_not_convert
+        self.formats = formats
+        self.rope_divisors = rope_divisors
+        if format is not None and get_format(format).codes is None:
+            raise FormatError(f"{format} does not quantize", hint="choose one of `quantkit formats`, such as Q4_K")
+
+
+@register_quantizer(METHOD)
+class QuantkitQuantizer(HfQuantizer):
+    """Puts packed layers into transformers' model."""
+
+    quantization_config: QuantkitConfig
+    requires_calibration = False
+    _file: Checkpoint | None = None
+    _folder: str | None = None
+
+    def update_dtype(self, dtype: Any) -> Any:
+        return dtype if dtype is not None else torch.float32
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if checkpoint_files and checkpoint_files[0].endswith(SUFFIX):
+            self._file = open_checkpoint(checkpoint_files[0])
+            config.formats, config.rope_divisors = formats_of(self._file, model), rope_divisors(self._file)
+            self._folder = tempfile.mkdtemp(prefix="quantkit-")  # transformers reads no weights, fill does
+            checkpoint_files[:] = [str(Path(self._folder, "none.safetensors"))]
+            save_file({}, checkpoint_files[0], {"format": "pt"})
+            model._keys_to_ignore_on_load_missing = [".*"]
+            model.adjust_generation_fn = lambda *args, **kwargs: None  # would look for generation_config.json on the Hub
+        elif not self.pre_quantized and config.format is None:
+            raise PlanError(
+                "the model is not quantized yet, and QuantkitConfig() names no format",
+                hint="give QuantkitConfig(format='Q4_K'), or a file that quantkit quantize wrote",
+            )
+        prepare(model, config.formats or {})
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        if self._file is not None:
+            fill(self._file, model, model.dtype)
+            del model._keys_to_ignore_on_load_missing, model.adjust_generation_fn
+            shutil.rmtree(str(self._folder))
+            self._file = None
+        elif not self.pre_quantized and config.format is not None:
+            _quantize(model, config.format, tuple(config.modules_to_not_convert or ("lm_head",)))
+            config.formats, config.format = _packed_formats(model), None
+        self.pre_quantized = True
+        if config.rope_divisors is not None:
+            rotary = model.model.rotary_emb
+            rotary.inv_freq = rotary.inv_freq / torch.tensor(config.rope_divisors, device=rotary.inv_freq.device)
+        for module in model.modules():
+            if isinstance(module, Packed):
+                module.lay_out()
+        return model
+
+    def is_serializable(self, safe_serialization: Any = None) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark(model: Any, formats: dict[str, str], divisors: list[float] | None) -> None:
+    """Let transformers know a model that was not loaded by it: ``save_pretrained`` and its Trainer ask for this."""
+    config = QuantkitConfig(formats=formats, rope_divisors=divisors)
+    model.config.quantization_config = config
+    model.hf_quantizer = QuantkitQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, METHOD
+
+
+def _packed_formats(model: nn.Module) -> dict[str, str]:
+    """Parameter → format of everything packed in a model."""
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, Packed)]
+    return {f"{name}.{parameter}": fmt for name, module in packed for parameter, fmt in module.formats.items()}
+
+
+def _quantize(model: Any, fmt: str, skipped: tuple[str, ...]) -> None:
+    """Encode the linear maps and experts of a loaded model, one after the other."""
+    fits = get_format(fmt).fits
+    for name, module in list(model.named_modules()):
+        if any(part in name for part in skipped):
+            continue
+        if isinstance(module, nn.Linear) and module.out_features > 1 and fits(module.in_features):
+            put(model, name, QuantLinear(_encoded(module.weight, fmt, name), fmt, module.bias))
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj") and not isinstance(module, Packed):
+            gate, up = module.gate_up_proj.chunk(2, dim=1)
+            if fits(gate.shape[-1]) and fits(module.down_proj.shape[-1]):
+                parts = zip(EXPERTS, (gate, up, module.down_proj), strict=True)
+                tensors = {part: _encoded(value, fmt, f"{name}.{part}") for part, value in parts}
+                put(model, name, QuantExperts(tensors, dict.fromkeys(EXPERTS, fmt), getattr(model.config, "hidden_act", "silu")))
+
+
+def _encoded(weight: torch.Tensor, fmt: str, name: str) -> torch.Tensor:
+    """Packed bytes on the weight's device: uint8 (..., rows, bytes)."""
+    rows = weight.detach().float().cpu().reshape(-1, weight.shape[-1]).numpy()
+    packed = get_encoder("ggml").encode(rows, None, get_format(fmt), name=name)
+    return torch.from_numpy(packed).reshape(*weight.shape[:-1], -1).to(weight.device)
+
+
+# transformers reads the configuration in a .gguf only for a method of its own and has no hook for others: a path that
+# ends in .gguf, which it could not read at all, is answered here; everything else goes on to transformers.
+_from_pretrained = transformers.AutoConfig.from_pretrained.__func__  # type: ignore[attr-defined]
+HUB = {
+    "return_unused_kwargs", "code_revision", "_commit_hash", "cache_dir", "force_download", "local_files_only", "proxies",
+    "revision", "subfolder", "token", "trust_remote_code", "_from_auto", "_from_pipeline",
+}  # fmt: skip
+
+
+def _config(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    path = Path(pretrained_model_name_or_path)
+    if path.suffix != SUFFIX or kwargs.get("gguf_file") or not path.is_file():
+        return _from_pretrained(cls, pretrained_model_name_or_path, **kwargs)
+    config = model_config(open_checkpoint(path), cache=True)
+    left = {name: value for name, value in kwargs.items() if name not in HUB}
+    return (config, left) if kwargs.get("return_unused_kwargs") else config
+
+
+transformers.AutoConfig.from_pretrained = classmethod(_config)  # type: ignore[method-assign, assignment]

@@ -1,0 +1,181 @@
+"""Models whose weights stay packed: the same function as with decoded weights, state dicts, types, transformers' own loading."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+import quantkit
+from quantkit.checkpoint import open_checkpoint
+from quantkit.errors import CheckpointError, FormatError, PlanError
+from quantkit.formats import get_format
+from quantkit.kernels import repack
+from quantkit.modeling.modules import Packed, QuantEmbedding, QuantExperts, QuantLinear
+from quantkit.modeling.packed import packed_model
+from quantkit.modeling.skeleton import materialized_model
+from quantkit.planning.standard import uniform_plan
+from quantkit.quantizer.pipeline import run
+
+IDS = torch.arange(40, 64)[None]
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_folder, tmp_path_factory):
+    """The path of a tiny model's GGUF in one format, by architecture."""
+    folder = tmp_path_factory.mktemp("packed")
+
+    def get(name: str, fmt: str = "Q4_0"):
+        path = folder / f"{name}-{fmt}.gguf"
+        if not path.exists():
+            checkpoint = open_checkpoint(tiny_folder(name))
+            run(checkpoint, uniform_plan(checkpoint, fmt, None), path)
+        return path
+
+    return get
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(IDS.to(model.device)).logits.float()
+
+
+@pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
+def test_a_packed_model_computes_what_the_decoded_one_does(gguf, name):
+    checkpoint = open_checkpoint(gguf(name))
+    model = quantkit.load(gguf(name))
+    theirs = logits(materialized_model(checkpoint))
+    assert torch.allclose(logits(model), theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
+    kinds = [type(module) for module in model.modules() if isinstance(module, Packed)]
+    quantized = [info for info in checkpoint.tensors.values() if info.dtype == "Q4_0"]
+    held = sum(p.numel() for p in model.parameters() if p.dtype == torch.uint8)
+    assert held == sum(checkpoint.nbytes(info.name) for info in quantized) > 0
+    assert (QuantExperts in kinds) == ("moe" in name) and QuantLinear in kinds and QuantEmbedding in kinds
+    bits = model.to(torch.bfloat16)
+    assert held == sum(p.numel() for p in bits.parameters() if p.dtype == torch.uint8)
+    assert logits(bits).std() > 1 and bits.model.embed_tokens(IDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama-rope3", "qwen2", "qwen3_moe"])
+def test_transformers_loads_saves_and_loads_again(gguf, name, tmp_path):
+    """The path of a GGUF, then the folder that save_pretrained wrote, without our configuration: the same bits."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(str(gguf(name)), quantization_config=quantkit.QuantkitConfig())
+    assert torch.equal(logits(model), logits(quantkit.load(gguf(name))))
+    out = model.generate(IDS, max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(again.generate(IDS, max_new_tokens=4, do_sample=False), out)
+    assert (
+        again.hf_quantizer.is_trainable
+        and json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]["formats"]
+    )
+    for (key, mine), (other, theirs) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert key == other and torch.equal(mine, theirs)
+    assert load(tmp_path / "saved", dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_transformers_quantizes_while_loading(tmp_path):
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tiny.MOE, quantization_config=quantkit.QuantkitConfig(format="Q4_K"), dtype=torch.float32)
+    experts = model.model.layers[0].mlp.experts
+    assert isinstance(experts, QuantExperts) and isinstance(model.lm_head, torch.nn.Linear)
+    checkpoint = open_checkpoint(tiny.MOE)
+    path = tmp_path / "q4.gguf"
+    run(checkpoint, uniform_plan(checkpoint, "Q4_K", None), path)
+    direct = quantkit.load(path)
+    assert torch.equal(experts.gate_proj, direct.model.layers[0].mlp.experts.gate_proj)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
+    with pytest.raises(PlanError, match="names no format"):
+        load(tiny.MOE, quantization_config=quantkit.QuantkitConfig())
+    with pytest.raises(FormatError, match="F16 does not quantize"):
+        quantkit.QuantkitConfig(format="F16")
+    plain = load(tiny.MOE, dtype=torch.float32)  # everything else goes on to transformers
+    assert not any(isinstance(module, Packed) for module in plain.modules())
+
+
+def test_experts_of_which_some_are_not_quantized(tiny_folder, tmp_path):
+    """A down projection in F16 beside packed gates, and another activation than SiLU."""
+    checkpoint = open_checkpoint(tiny_folder("qwen3_moe"))
+    plan = uniform_plan(checkpoint, "Q4_0", None)
+    plan.tensors = {
+        name: replace(entry, format="F16") if "ffn_down_exps" in name else entry for name, entry in plan.tensors.items()
+    }
+    run(checkpoint, plan, tmp_path / "mixed.gguf")
+    model, theirs = quantkit.load(tmp_path / "mixed.gguf"), logits(materialized_model(open_checkpoint(tmp_path / "mixed.gguf")))
+    experts = model.model.layers[0].mlp.experts
+    assert experts.formats["down_proj"] == "" and "plain" in repr(experts)
+    assert torch.allclose(logits(model), theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
+    experts.activation = "gelu"
+    assert not torch.allclose(logits(model), theirs, atol=1e-2)
+
+
+def test_plain_models_are_ordinary_ones():
+    model = quantkit.load(tiny.DENSE)
+    assert not any(isinstance(module, Packed) for module in model.modules())
+    assert torch.allclose(logits(model), logits(materialized_model(open_checkpoint(tiny.DENSE))))
+    if not torch.cuda.is_available():
+        with pytest.raises(CheckpointError, match="cannot be put on cuda"):
+            quantkit.load(tiny.DENSE, device="cuda")
+
+
+def test_a_state_dict_has_the_files_bytes_however_they_lie():
+    fmt = get_format("Q6_K")
+    raw = torch.randint(0, 256, (8, 2 * fmt.block_bytes()), dtype=torch.uint8)
+    layer = QuantLinear(raw.clone(), "Q6_K")
+    layer.lay_out(lambda name, data: True)
+    assert layer.packing("weight") == "Q6_K:planes" and torch.equal(layer.weight, repack.pack(raw, fmt))
+    assert torch.equal(layer.state_dict()["weight"], raw)
+    layer.load_state_dict(OrderedDict(weight=raw.flip(0)))
+    assert layer.packing("weight") == "Q6_K" and torch.equal(layer.weight, raw.flip(0))
+    assert "512" in repr(layer) and "Q6_K" in repr(layer)
+    with pytest.raises(FormatError, match="no blocks to keep packed"):
+        QuantLinear(raw, "F16")
+
+
+def test_a_layer_compiles_whole_forward_and_backward(gguf):
+    """No graph break in a decoder layer with experts; gradients for what is trained on top, none for the bytes."""
+    model = packed_model(open_checkpoint(gguf("qwen3_moe")))
+    layer = model.model.layers[0]
+    rotary = model.model.rotary_emb(torch.zeros(1, 8, 64), torch.arange(8)[None])
+
+    def forward(hidden):
+        return layer(hidden, attention_mask=None, position_embeddings=rotary)
+
+    hidden = torch.randn(1, 8, 64, requires_grad=True)
+    eager = forward(hidden)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")(hidden)
+    assert torch.allclose(compiled, eager, atol=1e-5)
+    seed = torch.randn_like(eager)
+    mine, theirs = (torch.autograd.grad(out, hidden, seed)[0] for out in (compiled, eager))
+    assert torch.allclose(mine, theirs, atol=1e-4 * float(theirs.abs().max()))
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_low_rank_weights_are_trained_on_packed_ones(gguf):
+    """A few steps lower the loss and change no byte of the base."""
+    from quantkit.kernels import ops
+
+    model = packed_model(open_checkpoint(gguf("llama")))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    base = model.lm_head
+    down, up = torch.nn.Parameter(torch.randn(4, base.in_features) / 8), torch.nn.Parameter(torch.zeros(base.out_features, 4))
+    base.forward = lambda x: ops.linear(x, base.weight, base.packing("weight"), x @ down.T, up)
+    optimizer, losses = torch.optim.Adam([down, up], 5e-2), []
+    for _ in range(5):
+        loss = torch.nn.functional.cross_entropy(model(IDS).logits[0, :-1], IDS[0, 1:])
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.5
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert np.isfinite(losses).all()
