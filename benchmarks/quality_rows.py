@@ -15,7 +15,7 @@ from common import RESULTS, write_results
 import quantkit.evaluation.compare as comparison
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.runners import LlamaRunner, Runner, TorchRunner, open_runner
+from quantkit.evaluation.runners import LlamaRunner, Runner, TorchRunner
 from quantkit.metrics import Divergence, TokenScores, summarize
 from quantkit.progress import Progress
 
@@ -175,7 +175,7 @@ def floor_rows(
         pair = TorchRunner(checkpoint), LlamaRunner(checkpoint, window)
         found = {(where["mix"], "floor: stock weights, llama.cpp and torch"): runtime_floor(*pair, windows)}
         if brain is not None:
-            runners = open_runner(original, "llama", window), FileAsItIs(brain, window)
+            runners = LlamaRunner(original, window), FileAsItIs(brain, window)
             found["BF16", "floor: BF16 file as llama.cpp runs it"] = runtime_floor(*runners, windows)
         for (mix, what), d in found.items():
             row = {

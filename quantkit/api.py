@@ -272,7 +272,7 @@ def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
 def compare(
     reference: str | Path, candidates: Sequence[str | Path], text: Sequence[str | Path] = (), *, runtime: str = "torch",
     window: int = 512, limit: int | None = None, html: str | Path | None = None, work: str | Path | None = None,
-    progress: Progress | None = None,
+    device: str = "cpu", progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """KL divergence, perplexity and agreement of ``candidates`` against ``reference``; optionally an HTML report.
 
@@ -288,7 +288,14 @@ def compare(
             raise OutputError(f"{html} is not a name for a report", hint="end it in .html")
     texts = [Path(t) for t in text] or default_texts()
     report = run_compare(
-        Path(reference), [Path(c) for c in candidates], texts, runtime=runtime, window=window, limit=limit, progress=progress
+        Path(reference),
+        [Path(c) for c in candidates],
+        texts,
+        runtime=runtime,
+        window=window,
+        limit=limit,
+        device=device,
+        progress=progress,
     )
     if html is not None:
         folder = work_directory(Path(reference), Path(work) if work else None)
@@ -315,18 +322,21 @@ def load(path: str | Path, dtype: Any = None, device: Any = "cpu") -> Any:
 
 def generate(
     model: str | Path, prompt: str, count: int = 128, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-    seed: int = 0, runtime: str = "torch", device: str = "cpu", chat: bool = False, show: Callable[[str], None] | None = None,
+    seed: int = 0, runtime: str = "torch", device: str = "cpu", chat: bool = False, compiled: bool = False,
+    show: Callable[[str], None] | None = None,
 ) -> Generation:  # fmt: skip
     """At most ``count`` tokens of text after ``prompt``; see :func:`quantkit.evaluation.generate.generate`.
 
     temperature 0 takes the most likely token. runtime: ``torch`` or ``llama``. chat: in the model's chat template.
-    show: is called with each new piece of text. Raises a QuantkitError.
+    compiled: as ``quantkit tune --compile`` found best. show: is called with each new piece of text. Raises a QuantkitError.
     """
     from quantkit.evaluation.generate import Sampling
     from quantkit.evaluation.generate import generate as run
 
     sampling = Sampling(temperature, top_k, top_p, seed)
-    return run(open_checkpoint(model), prompt, count, sampling, runtime=runtime, device=device, chat=chat, show=show)
+    return run(
+        open_checkpoint(model), prompt, count, sampling, runtime=runtime, device=device, chat=chat, compiled=compiled, show=show
+    )
 
 
 __all__ = [

@@ -134,3 +134,14 @@ def test_windows_are_scored_like_llama_perplexity(files):
             nll += [-float(logp[i, ids[i + 1]]) for i in range(256, 511)]
     report = compare(tiny.MOE, [files / "Q8_0.gguf"], default_texts(), limit=1024)
     assert report.candidates[0].divergence.reference_perplexity == pytest.approx(float(np.exp(np.mean(nll))), rel=1e-4)
+
+
+def test_models_too_large_to_decode_are_judged_packed(files, monkeypatch):
+    """The same divergence, within rounding, with the weights as they are in the file."""
+    texts = default_texts()
+    decoded = compare(tiny.MOE, [files / "Q4_K.gguf"], texts, limit=1024).candidates[0].divergence
+    monkeypatch.setattr("quantkit.evaluation.runners._memory_bytes", lambda: 1 << 20)
+    packed = compare(tiny.MOE, [files / "Q4_K.gguf"], texts, limit=1024).candidates[0].divergence
+    assert packed.mean_kld == pytest.approx(decoded.mean_kld, rel=1e-3) and packed.tokens == decoded.tokens
+    with pytest.raises(CheckpointError, match="cannot be put on cuda:7"):
+        compare(tiny.MOE, [files / "Q4_K.gguf"], texts, limit=1024, device="cuda:7")

@@ -21,6 +21,7 @@ from quantkit.progress import stop_all
 @click.option(
     "--runtime", type=click.Choice(["torch", "llama"]), default="torch", show_default=True, help="What runs the models."
 )
+@click.option("--device", default="cpu", show_default=True, help="Where torch runs them: cpu, cuda, cuda:1.")
 @click.option(
     "--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens in a window; the second half is scored."
 )
@@ -30,7 +31,7 @@ from quantkit.progress import stop_all
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
 def command(
-    reference: Path, candidates: tuple[Path, ...], text: tuple[Path, ...], runtime: str, window: int, limit: int | None,
+    reference: Path, candidates: tuple[Path, ...], text: tuple[Path, ...], runtime: str, device: str, window: int, limit: int | None,
     output: Path | None, work: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Compare and print the table."""
@@ -39,7 +40,16 @@ def command(
 
     progress = Progress.terminal()
     report = compare(
-        reference, candidates, text, runtime=runtime, window=window, limit=limit, html=output, work=work, progress=progress
+        reference,
+        candidates,
+        text,
+        runtime=runtime,
+        window=window,
+        limit=limit,
+        html=output,
+        work=work,
+        device=device,
+        progress=progress,
     )
     stop_all()
     if as_json:

@@ -20,11 +20,12 @@ from quantkit.cli.output import emit_json, guarded
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random choices.")
 @click.option("--runtime", type=click.Choice(["torch", "llama"]), default="torch", show_default=True, help="What runs the model.")
 @click.option("--device", default="cpu", show_default=True, help="Where torch runs it: cpu, cuda, cuda:1.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the model as `quantkit tune --compile` found best.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
 def command(
     model: Path, prompt: str, tokens: int, chat: bool, temperature: float, top_k: int, top_p: float, seed: int, runtime: str,
-    device: str, as_json: bool,
+    device: str, compiled: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Generate, printing the text as it comes."""
     from quantkit.api import generate
@@ -37,7 +38,7 @@ def command(
 
     out = generate(
         model, prompt, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, runtime=runtime, device=device,
-        chat=chat, show=None if as_json else show,
+        chat=chat, compiled=compiled, show=None if as_json else show,
     )  # fmt: skip
     if as_json:
         emit_json({

@@ -79,9 +79,11 @@ def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, l
 @fast_float32()
 def compare(
     reference: Path, candidates: list[Path], texts: list[Path], *,
-    runtime: str = "torch", window: int = 512, limit: int | None = None, progress: Progress | None = None,
+    runtime: str = "torch", window: int = 512, limit: int | None = None, device: str = "cpu", progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Compare candidates with the original in one pass over the reference.
+
+    device: where torch runs them; away from the CPU the weights of a quantized GGUF stay packed.
 
     Raises CheckpointError if a candidate has another vocabulary, CalibrationError if the text is too short.
     """
@@ -98,7 +100,7 @@ def compare(
     chunk = max(1, REFERENCE_BYTES // per_window)
     task = progress.task("compare", total=windows.size * (1 + len(opened)), unit="tokens")
     parts: list[list[TokenScores]] = [[] for _ in opened]
-    with RunnerPool(runtime, window, [original, *opened], keep=len(windows) > chunk) as runners:
+    with RunnerPool(runtime, window, [original, *opened], len(windows) > chunk, device) as runners:
         for start in range(0, len(windows), chunk):
             some = windows[start : start + chunk]
             with runners.use(original) as runner:

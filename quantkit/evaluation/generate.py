@@ -10,6 +10,7 @@ from typing import Any
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.evaluation.runners import open_llama
+from quantkit.evaluation.tune import tuned_arguments
 from quantkit.modeling.packed import packed_model
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
@@ -49,12 +50,12 @@ class Generation:
 
 def generate(
     checkpoint: Checkpoint, prompt: str, count: int = 128, sampling: Sampling | None = None, *, runtime: str = "torch",
-    device: str = "cpu", chat: bool = False, show: Callable[[str], None] | None = None,
+    device: str = "cpu", chat: bool = False, compiled: bool = False, show: Callable[[str], None] | None = None,
 ) -> Generation:  # fmt: skip
     """At most ``count`` tokens after ``prompt``, fewer if the model ends its text.
 
-    chat: the prompt is a user's message in the model's chat template. show: is called with each new piece of text.
-    Raises CalibrationError for an empty prompt, CheckpointError if the runtime cannot run the model.
+    chat: the prompt is a user's message in the model's chat template. compiled: let torch compile the model, as
+    ``quantkit tune`` found best. show: is called with each new piece of text. Raises CalibrationError for an empty prompt, CheckpointError if the runtime cannot run the model.
     """
     encoder = TextEncoder(checkpoint)
     if chat:
@@ -62,9 +63,13 @@ def generate(
     out = Generation(encoder.prompt(prompt))
     if not out.prompt:
         raise CalibrationError("the prompt is empty", hint="give some text")
-    run = _llama if runtime == "llama" else _torch
-    started = first = time.perf_counter()
-    for token in run(checkpoint, out.prompt, count, sampling or Sampling(), encoder.ends, device):
+    sampling, started = sampling or Sampling(), time.perf_counter()
+    first = started
+    if runtime == "llama":
+        tokens = _llama(checkpoint, out.prompt, count, sampling, encoder.ends)
+    else:
+        tokens = _torch(checkpoint, out.prompt, count, sampling, encoder.ends, device, compiled)
+    for token in tokens:
         first = first if out.tokens else time.perf_counter()
         out.tokens.append(token)
         before, out.text = out.text, encoder.decode(out.tokens)
@@ -74,17 +79,25 @@ def generate(
     return out
 
 
-def _torch(checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int], device: str) -> Iterator[int]:
+def _torch(
+    checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int], device: str, compiled: bool
+) -> Iterator[int]:
     """transformers' forward with its cache, one token at a time."""
     import torch
+    from transformers import DynamicCache, StaticCache
 
     model = packed_model(checkpoint, device=device)
     chance = torch.Generator().manual_seed(sampling.seed)
-    given, cache = torch.tensor([ids], device=device), None
+    cache: Any = DynamicCache(config=model.config)
+    step = model.forward
+    if compiled:
+        cache = StaticCache(config=model.config, max_cache_len=len(ids) + count)
+        arguments = tuned_arguments(checkpoint.identity, device)
+        step = torch.compile(model.forward, **arguments) if arguments is not None else model.forward
+    given = torch.tensor([ids], device=device)
     for _ in range(count):
         with torch.inference_mode(), fast_float32():
-            out = model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+            out = step(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = choose(out.logits[0, -1].float().cpu(), sampling, chance)
         if token in ends:
             return
@@ -106,7 +119,7 @@ def choose(logits: Any, sampling: Sampling, chance: Any) -> int:
     return int(tokens[torch.multinomial(shares, 1, generator=chance)])
 
 
-def _llama(checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int], device: str) -> Iterator[int]:
+def _llama(checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int]) -> Iterator[int]:
     """llama.cpp's own loop, and its own way of choosing."""
     with open_llama(checkpoint, len(ids) + count, seed=sampling.seed) as model:
         tokens = model.generate(ids, temp=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=0.0)

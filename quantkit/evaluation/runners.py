@@ -15,6 +15,7 @@ import numpy.typing as npt
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint
 from quantkit.checkpoint.adapter import AdaptedCheckpoint
 from quantkit.errors import CheckpointError, MissingDependencyError
+from quantkit.modeling.packed import packed_model
 from quantkit.modeling.skeleton import materialized_model
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run as write_artifact
@@ -31,16 +32,18 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """transformers' modules with the decoded weights, float32."""
+    """transformers' modules, float32; decoded weights, or (packed) those of a quantized GGUF as they are."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._model = materialized_model(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, packed: bool = False, device: str = "cpu") -> None:
+        packed = packed or device != "cpu"
+        self._model = packed_model(checkpoint, device=device) if packed else materialized_model(checkpoint)
+        self._device = device
 
     def logits(self, ids: npt.NDArray[np.int64]) -> Any:
         import torch
 
         with torch.inference_mode():
-            return self._model(torch.from_numpy(ids)[None]).logits[0]
+            return self._model(torch.from_numpy(ids)[None].to(self._device), use_cache=False).logits[0].cpu()
 
     def close(self) -> None:
         self._model = None
@@ -113,19 +116,22 @@ def _gguf_of(checkpoint: Checkpoint) -> Iterator[Path]:
         yield path
 
 
-def open_runner(checkpoint: Checkpoint, runtime: str, window: int) -> Runner:
-    """A loaded model for ``runtime`` (torch or llama)."""
-    return LlamaRunner(checkpoint, window) if runtime == "llama" else TorchRunner(checkpoint)
-
-
 class RunnerPool:
-    """Opens models when they are used; with ``keep``, and if all fit into half of the memory, only once."""
+    """Opens models when they are used; with ``keep``, and if all fit into half of the memory, only once.
 
-    def __init__(self, runtime: str, window: int, checkpoints: list[Checkpoint], keep: bool) -> None:
+    On the CPU quantized weights are decoded once if they fit, and otherwise stay packed; elsewhere they always do.
+    """
+
+    def __init__(self, runtime: str, window: int, checkpoints: list[Checkpoint], keep: bool, device: str = "cpu") -> None:
         wanted = 4 * sum(checkpoint.n_weights for checkpoint in checkpoints)
-        self._runtime, self._window = runtime, window
+        self._runtime, self._window, self._device = runtime, window, device
         self._keep = keep and wanted <= _memory_bytes() // 2
         self._open: dict[int, Runner] = {}
+
+    def _start(self, checkpoint: Checkpoint) -> Runner:
+        if self._runtime == "llama":
+            return LlamaRunner(checkpoint, self._window)
+        return TorchRunner(checkpoint, 4 * checkpoint.n_weights > _memory_bytes() // 2, self._device)
 
     def __enter__(self) -> RunnerPool:
         return self
@@ -137,7 +143,7 @@ class RunnerPool:
     @contextlib.contextmanager
     def use(self, checkpoint: Checkpoint) -> Iterator[Runner]:
         """The loaded model; it stays loaded if the pool keeps models."""
-        runner = self._open.get(id(checkpoint)) or open_runner(checkpoint, self._runtime, self._window)
+        runner = self._open.get(id(checkpoint)) or self._start(checkpoint)
         if self._keep:
             self._open[id(checkpoint)] = runner
         try:

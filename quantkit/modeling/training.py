@@ -1,0 +1,152 @@
+"""What training on packed weights needs to fit: log-probabilities in parts of the vocabulary, activations kept on the CPU.
+
+Imported only inside functions: it needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quantkit.kernels import ops
+from quantkit.modeling.modules import QuantLinear
+
+CHUNK = 4096  # rows of the head that are multiplied at a time
+IGNORED = -100
+
+
+def _rows(weight: Tensor, packing: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the head, decoded if they are packed: (last − first, hidden)."""
+    if not packing:
+        return weight[first:last].to(dtype)
+    return ops.embedding(torch.arange(first, last, device=weight.device), weight, packing, dtype)
+
+
+class _LogProbabilities(torch.autograd.Function):
+    """log softmax(hidden · Wᵀ + b)[targets], (tokens,), and the logarithm of the sum; the gradient makes the logits again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: str, size: int, chunk: int) -> Any:  # fmt: skip
+        total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
+        chosen = torch.zeros_like(total)
+        for first in range(0, size, chunk):
+            logits = _logits(hidden, weight, bias, packing, first, min(first + chunk, size))
+            total = torch.logaddexp(total, logits.logsumexp(1))
+            inside = (targets >= first) & (targets < first + logits.shape[1])
+            place = (targets - first).clamp(0, logits.shape[1] - 1)
+            chosen = torch.where(inside, logits.gather(1, place[:, None])[:, 0], chosen)
+        ctx.save_for_backward(hidden, weight, bias, targets, total)
+        ctx.facts = packing, size, chunk
+        return chosen - total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        hidden, weight, bias, targets, total = ctx.saved_tensors
+        packing, size, chunk = ctx.facts
+        back = torch.zeros_like(hidden, dtype=torch.float32)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
+        for first in range(0, size, chunk):
+            last = min(first + chunk, size)
+            share = -(_logits(hidden, weight, bias, packing, first, last) - total[:, None]).exp_()  # −softmax
+            inside = (targets >= first) & (targets < last)
+            share[inside, targets[inside] - first] += 1
+            share *= grad[:, None]
+            back += share @ _rows(weight, packing, first, last, torch.float32)
+            if to_weight is not None:
+                to_weight[first:last] = share.T @ hidden.float()
+            if to_bias is not None:
+                to_bias[first:last] = share.sum(0)
+        cast = [None if value is None else value.to(like.dtype) for value, like in ((to_weight, weight), (to_bias, bias))]
+        return back.to(hidden.dtype), *cast, None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, packing: str, first: int, last: int) -> Tensor:
+    """Some columns of the logits, float32 (tokens, last − first)."""
+    logits = (hidden @ _rows(weight, packing, first, last, hidden.dtype).T).float()
+    return logits if bias is None else logits + bias[first:last].float()
+
+
+def token_log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Log-probabilities of tokens, float32 (...), without logits of the whole vocabulary.
+
+    hidden: (..., width), what goes into ``head`` (nn.Linear or QuantLinear); targets: (...) token ids. At most
+    (tokens, chunk) logits exist at a time. Gradients for hidden, and for the head's own weights if they are trained.
+    """
+    if isinstance(head, QuantLinear):
+        packing, size, bias = head.packing("weight"), head.out_features, head.bias
+    elif isinstance(head, nn.Linear):
+        packing, size, bias = "", head.out_features, head.bias
+    else:
+        raise TypeError(f"a head of type {type(head).__name__} is none that can be taken in parts; give nn.Linear or QuantLinear")
+    flat = _LogProbabilities.apply(
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, bias, targets.reshape(-1), packing, size, chunk
+    )
+    return flat.reshape(targets.shape)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, head: nn.Module, labels: Tensor, count: Tensor | int | None = None, chunk: int = CHUNK
+) -> Tensor:
+    """Mean cross-entropy over the labels that are not IGNORED; see ``token_log_probabilities``.
+
+    hidden[..., i, :] predicts labels[..., i]: shift them first. count: divide by this many tokens instead, so that
+    accumulated batches weigh every token alike.
+    """
+    kept = labels.reshape(-1) != IGNORED
+    flat = hidden.reshape(-1, hidden.shape[-1])[kept]
+    losses = -token_log_probabilities(flat, head, labels.reshape(-1)[kept], chunk)
+    return losses.sum() / (count if count is not None else max(len(losses), 1))
+
+
+class Offload:
+    """Keeps tensors that are saved for the backward pass on the CPU. The copies run beside the computation."""
+
+    def __init__(self) -> None:
+        self._stream: Any = None
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Start the copy to pinned memory."""
+        if tensor.device.type != "cuda" or not tensor.is_floating_point():
+            return tensor
+        self._stream = self._stream or torch.cuda.Stream(tensor.device)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._stream):
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            kept.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)
+        return kept, tensor.device, self._stream.record_event()
+
+    def unpack(self, kept: Any) -> Tensor:
+        """Bring it back."""
+        if isinstance(kept, Tensor):
+            return kept
+        value, device, done = kept
+        torch.cuda.current_stream(device).wait_event(done)
+        return value.to(device, non_blocking=True)
+
+
+def offloaded_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """torch's checkpoint (activations are computed again in the backward pass) whose inputs wait on the CPU."""
+    offload = Offload()
+
+    def within(*inputs: Any) -> Any:
+        return function(*inputs, **kwargs)
+
+    with torch.autograd.graph.saved_tensors_hooks(offload.pack, offload.unpack):
+        return checkpoint(within, *args, use_reentrant=True)
+
+
+def save_memory(model: Any) -> None:
+    """Let a transformers model keep only each layer's input while training, and that on the CPU.
+
+    Raises TypeError for a model that does not support checkpointing.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise TypeError(f"{type(model).__name__} does not support gradient checkpointing")
+    model.enable_input_require_grads()
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offloaded_checkpoint)

@@ -1,0 +1,119 @@
+"""Training on packed weights: the same gradients with less memory."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from kernel_tools import matrix
+from torch import nn
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import quantkit
+from quantkit.checkpoint import open_checkpoint
+from quantkit.formats import get_format
+from quantkit.kernels import ops
+from quantkit.modeling.modules import QuantLinear
+from quantkit.modeling.training import chunked_cross_entropy, save_memory, token_log_probabilities
+from quantkit.planning.standard import uniform_plan
+from quantkit.quantizer.pipeline import run
+
+IDS = torch.arange(40, 72)[None]
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most elements of any floating-point result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                self.size = max(self.size, value.numel())
+        return out
+
+
+def heads():
+    raw, weight = matrix(get_format("Q4_K"), 1000, 1)
+    packed = QuantLinear(raw, "Q4_K", 0.1 * torch.randn(1000))
+    plain = nn.Linear(256, 1000)
+    plain.weight.data, plain.bias.data = torch.from_numpy(weight).float(), packed.bias.data.clone()
+    return packed, plain
+
+
+@pytest.mark.parametrize("chunk", [64, 300, 5000])
+def test_log_probabilities_in_parts_are_those_of_whole_logits(chunk):
+    packed, plain = heads()
+    hidden = (torch.randn(2, 9, 256) / 400).requires_grad_()
+    targets = torch.randint(0, 1000, (2, 9))
+    expected = log_softmax(plain(hidden), -1).gather(-1, targets[..., None])[..., 0]
+    seed = torch.randn(2, 9)
+    expected_gradients = torch.autograd.grad(expected, [hidden, plain.weight, plain.bias], seed)
+    found = token_log_probabilities(hidden, plain, targets, chunk)
+    assert torch.allclose(found, expected, atol=1e-4)
+    for mine, theirs in zip(
+        torch.autograd.grad(found, [hidden, plain.weight, plain.bias], seed), expected_gradients, strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    found = token_log_probabilities(hidden, packed, targets, chunk)
+    assert torch.allclose(found, expected, atol=1e-4)
+    (mine,) = torch.autograd.grad(found, [hidden], seed)
+    assert torch.allclose(mine, expected_gradients[0], rtol=1e-3, atol=1e-4 * float(mine.abs().max()))
+
+
+def test_cross_entropy_never_holds_the_whole_vocabulary():
+    packed, plain = heads()
+    hidden = (torch.randn(200, 256) / 400).requires_grad_()
+    labels = torch.randint(0, 1000, (200,))
+    labels[::3] = -100
+    with Largest() as parts:
+        loss = chunked_cross_entropy(hidden, packed, labels, chunk=50)
+        loss.backward()
+    mine, hidden.grad = hidden.grad.clone(), None
+    with Largest() as whole:
+        expected = cross_entropy(plain(hidden), labels)
+        expected.backward()
+    assert torch.allclose(loss, expected, rtol=1e-5) and torch.allclose(mine, hidden.grad, atol=1e-4 * float(mine.abs().max()))
+    assert whole.size >= 200 * 1000 and parts.size <= 200 * 256
+    halves = [
+        chunked_cross_entropy(hidden[part], packed, labels[part], count=int((labels >= 0).sum()))
+        for part in (slice(0, 80), slice(80, 200))
+    ]
+    assert torch.allclose(sum(halves), expected, rtol=1e-5)  # accumulated batches weigh every token alike
+    assert chunked_cross_entropy(hidden, packed, torch.full((200,), -100)) == 0
+    with pytest.raises(TypeError, match="Embedding"):
+        token_log_probabilities(hidden, nn.Embedding(3, 256), labels)
+
+
+def test_checkpointing_keeps_inputs_only_and_the_same_gradients(tmp_path):
+    checkpoint = open_checkpoint(tiny.MOE)
+    run(checkpoint, uniform_plan(checkpoint, "Q4_K", None), tmp_path / "q4.gguf")
+    found = []
+    for saving in (False, True):
+        torch.manual_seed(0)
+        model = quantkit.load(tmp_path / "q4.gguf")
+        down, up = nn.Parameter(torch.randn(4, 256) / 16), nn.Parameter(torch.randn(256, 4) / 16)
+        base = model.model.layers[1].self_attn.q_proj
+        base.forward = lambda x, base=base, down=down, up=up: ops.linear(x, base.weight, base.packing("weight"), x @ down.T, up)
+        if saving:
+            save_memory(model)
+        model.train()
+        kept: list[int] = []
+
+        def keep(tensor, kept=kept):
+            kept.append(tensor.numel() if tensor.is_floating_point() else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = cross_entropy(model(IDS, use_cache=False).logits[0, :-1], IDS[0, 1:])
+        loss.backward()
+        found.append((loss.detach(), down.grad, up.grad, sum(kept)))
+    for mine, theirs in zip(found[1][:3], found[0][:3], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    assert found[1][3] < 0.5 * found[0][3]
+    with pytest.raises(TypeError, match="does not support"):
+        save_memory(nn.Linear(2, 2))

@@ -1,0 +1,72 @@
+"""Tuning: what fails, is wrong or slow is never chosen; what is chosen is used."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from quantkit.api import generate, quantize
+from quantkit.checkpoint import open_checkpoint
+from quantkit.cli import main
+from quantkit.errors import PlanError
+from quantkit.evaluation import tune as module
+from quantkit.evaluation.tune import PLAIN, WAYS, Way, tune, tuned_arguments
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path / "cache"))
+    return quantize(tiny.DENSE, tmp_path / "dense.gguf", "Q4_0", use_importance=False)[0]
+
+
+def slow(graph, inputs):
+    def run(*args):
+        time.sleep(0.05)
+        return graph(*args)
+
+    return run
+
+
+def wrong(graph, inputs):
+    return lambda *args: [value * 1.1 if value.is_floating_point() and value.ndim == 3 else value for value in graph(*args)]
+
+
+def test_only_what_works_and_is_faster_is_chosen(file, monkeypatch):
+    """Ways that fail, compute something else, or take longer; on the CPU none that needs a GPU."""
+    checkpoint = open_checkpoint(file)
+    ways = (
+        Way(PLAIN), Way("fails", {"backend": "no such backend"}), Way("slow", {"backend": slow}),
+        Way("wrong", {"backend": wrong}), Way("graphs", {"mode": "reduce-overhead"}, gpu=True),
+    )  # fmt: skip
+    found = tune(checkpoint, "Once upon a time", 4, ways=ways)
+    trials = {trial.way: trial for trial in found.trials}
+    assert list(trials) == [PLAIN, "fails", "slow", "wrong"] and found.chosen == PLAIN
+    assert "no such backend" in trials["fails"].failed and "of their spread" in trials["wrong"].failed
+    assert trials["slow"].token_seconds > 0.05 and not trials["slow"].failed and trials["slow"].graphs >= 1
+    assert tuned_arguments(checkpoint.identity, "cpu") is None
+    with pytest.raises(PlanError, match="prompt is empty"):
+        monkeypatch.setattr("quantkit.modeling.text.TextEncoder.prompt", lambda self, text: [])
+        tune(checkpoint, "")
+
+
+def test_the_choice_is_kept_and_used(file, monkeypatch):
+    eager = Way("graph alone", {"backend": "eager"})
+    monkeypatch.setattr(module, "WAYS", (Way(PLAIN), eager))
+    done = CliRunner().invoke(main, ["tune", str(file), "--compile", "-n", "3", "--json"])
+    facts = json.loads(done.stdout)
+    assert done.exit_code == 0 and facts["device"] == "cpu" and len(facts["trials"]) == 2 and facts["versions"]["torch"]
+    path = next((file.parent / "cache" / "tune").iterdir())
+    path.write_text(json.dumps({**facts, "chosen": eager.name}))
+    assert tuned_arguments(open_checkpoint(file).identity, "cpu") == {"backend": "eager"}
+    plain, compiled = (generate(file, "Once upon a time", 8, compiled=value) for value in (False, True))
+    assert plain.tokens == compiled.tokens
+    shown = CliRunner().invoke(main, ["tune", str(file), "--compile", "-n", "3"])
+    assert shown.exit_code == 0 and "per token" in shown.stdout and "chosen: " in shown.stdout
+
+
+def test_the_ways_have_names_of_their_own():
+    assert len({way.name for way in WAYS}) == len(WAYS) and WAYS[0].name == PLAIN and WAYS[0].arguments is None
