@@ -2,8 +2,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-formats bench-low-bits bench-quality bench-quantize \
-	bench-super-weights bench-twins clean
+.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-formats bench-kernels bench-low-bits bench-quality \
+	bench-quantize bench-super-weights bench-twins clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -43,6 +43,9 @@ bench-cost: setup-dev  ## time of a dynamic file against llama-imatrix and llama
 
 bench-formats: setup-dev  ## every format against ggml's C: encode, decode, compile
 	$(PY) benchmarks/formats.py
+
+bench-kernels: setup-dev  ## products with packed weights, on the GPU if there is one (ARGS="--only Q4_K", ARGS=--cpu)
+	$(PY) benchmarks/kernels.py $(ARGS)
 
 bench-low-bits: setup-dev  ## about 2 bits per weight: with and without I-quants (needs ../shared)
 	$(PY) benchmarks/low_bits.py

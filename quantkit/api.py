@@ -18,6 +18,7 @@ from quantkit.analysis.run import ANALYSIS, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
+from quantkit.encoders.ggml import encoding_on
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
@@ -129,14 +130,16 @@ def sweep(
 def quantize(
     model: str | Path, out: str | Path | None = None, plan: str | Plan = "dynamic", request: Request | None = None, *,
     keep: Sequence[str] = (), only: Sequence[str] = (), floors: Sequence[str] = (), use_importance: bool = True, force: bool = False, split_bytes: int | None = None,
-    container: str | None = None, speed: SpeedRequest | None = None, adapter: str | None = None, options: Options | None = None, **keywords: Any,
+    container: str | None = None, speed: SpeedRequest | None = None, adapter: str | None = None, device: str = "cpu",
+    options: Options | None = None, **keywords: Any,
 ) -> tuple[Path, Manifest]:  # fmt: skip
     """Write ``model`` as a quantized GGUF, or as a safetensors folder, and return its path and manifest.
 
     plan: ``dynamic``, ``standard:Q4_K_M`` (or just ``Q4_K_M``), ``uniform:Q6_K``, a Plan or the path of a
     plan.json; ``uniform:NF4_DQ`` and the like give a folder. container: ``gguf`` or ``safetensors``, for formats
     that both have. speed: tokens per second that a dynamic plan must reach. adapter: how much of the size goes to
-    a low-rank adapter beside the file (``64MB``, see :func:`repair`). Runs what is missing and reuses what is there.
+    a low-rank adapter beside the file (``64MB``, see :func:`repair`). device: where tensors of method ``ggml`` are
+    encoded, if it is a GPU. Runs what is missing and reuses what is there.
     Raises a QuantkitError; then nothing is left under the final name.
     """
     request = request or Request.of(keywords)
@@ -166,18 +169,11 @@ def quantize(
     work = work_directory(checkpoint.path, options.work)
     cache = work / TENSORS
     given, notes = _improved(checkpoint, made, stats, work, options) if plan == "dynamic" else ({}, [])
-    manifest = run_quantizer(
-        checkpoint,
-        made,
-        target,
-        stats=stats,
-        cache=cache if stats is not None else None,
-        force=force,
-        split_bytes=split_bytes,
-        given=given,
-        notes=notes,
-        progress=options.progress,
-    )
+    with encoding_on(device):
+        manifest = run_quantizer(
+            checkpoint, made, target, stats=stats, cache=cache if stats is not None else None, force=force,
+            split_bytes=split_bytes, given=given, notes=notes, progress=options.progress,
+        )  # fmt: skip
     if plan == "dynamic" and stats is not None:
         _record_measured(checkpoint, target.with_name(manifest.file), manifest, options)
     if rules.adapter_bytes:

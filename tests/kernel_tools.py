@@ -1,4 +1,4 @@
-"""Runs Triton's programs for tests/test_kernels.py, in a process of its own: ``interpret NAME…`` or ``compile TARGET NAME…``."""
+"""Runs Triton's programs for tests/test_kernels.py, in a process of its own: ``interpret NAME…``, ``encode`` or ``compile TARGET NAME…``."""
 
 from __future__ import annotations
 
@@ -139,8 +139,40 @@ def experts(packing: Packing) -> None:
         assert (error <= 4 * EXACT * (1 + sizes[0]) * sizes[1]).all(), f"{name} swiglu {error.max()}"
 
 
+def hard_rows(columns: int = 512) -> np.ndarray:
+    """Weights with zeros, constants, an outlier, tiny and subnormal values: float32 (rows, columns)."""
+    rng = np.random.default_rng(0)
+    x = (0.02 * rng.standard_t(4, (8, columns))).astype(np.float32)
+    x[1] *= 1e-3
+    x[2, :256] = 0
+    x[3, :32], x[3, 32:64], x[3, 64:80] = 0.01, -0.01, 0
+    x[4] *= 1e-18
+    x[5, 5] = 3
+    x[6, 0:420:7] = -x[6, 1:421:7]
+    x[7] = np.round(x[7] * 64) / 64
+    return x
+
+
+def encode_all() -> None:
+    """Print every format whose bytes from the GPU's encoder are those of the CPU's, with and without importance."""
+    from quantkit.encoders import get_encoder
+    from quantkit.kernels.encode import ENCODERS, encode
+
+    x = hard_rows()
+    importance = np.random.default_rng(1).gamma(0.5, 2.0, x.shape[1]).astype(np.float32)
+    for name in ENCODERS:
+        fmt = get_format(name)
+        for given in (None, importance):
+            ours = encode(torch.from_numpy(x), fmt, None if given is None else torch.from_numpy(given)).numpy()
+            theirs = get_encoder("ggml").encode(x, given, fmt)
+            assert np.array_equal(ours, theirs), (name, given is not None, np.flatnonzero((ours != theirs).any(1)))
+        print(name, flush=True)
+
+
 def compile_ahead(target: int, names: list[str]) -> None:
     """Print for every program and format the loads and stores of its machine code, and the registers of a thread."""
+    for what, (program, arguments) in encoders().items():
+        print(json.dumps(["encode", what, machine_code(program, arguments, target)]), flush=True)
     for name in names:
         packing = Packing(get_format(name), repack.gains(get_format(name)))  # as it lies on a GPU
         for what, (program, arguments) in programs(packing, torch.float16 if target < 80 else torch.bfloat16).items():
@@ -148,19 +180,38 @@ def compile_ahead(target: int, names: list[str]) -> None:
                 print(json.dumps([name, what, machine_code(program, arguments, target)]), flush=True)
 
 
+class Catch:
+    """Stands for a program and keeps the arguments of its launch."""
+
+    def __init__(self, name: str, program, caught: dict) -> None:
+        self.name, self.program, self.caught = name, program, caught
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.caught.setdefault(self.name, (self.program, arguments))
+
+
+def encoders() -> dict:
+    """The programs that search scales, with the arguments of a launch."""
+    from quantkit.kernels import programs_encode
+    from quantkit.kernels.encode import ENCODERS
+
+    caught: dict = {}
+    x, importance = torch.from_numpy(hard_rows()), torch.ones(8, 512)
+    names = ["ordered_sum", "affine_fit", "symmetric_fit", "positive_fit", "descent_fit"]
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch.object(programs_encode, name, Catch(name, getattr(programs_encode, name), caught)))
+        ENCODERS["Q4_K"](x, importance)
+        ENCODERS["Q3_K"](x, importance)
+        ENCODERS["Q3_K"](x, None)
+    return {name: caught[name] for name in names}
+
+
 def programs(packing: Packing, dtype: torch.dtype) -> dict:
     """Every program with the arguments of a launch, caught instead of launched."""
     from quantkit.kernels import programs_dequantize, programs_product
 
     caught: dict = {}
-
-    class Catch:
-        def __init__(self, name, program):
-            self.name, self.program = name, program
-
-        def __getitem__(self, grid):
-            return lambda **arguments: caught.setdefault(self.name, (self.program, arguments))
-
     fmt = packing.format
     data = torch.zeros(2, 64, 4 * 256 // fmt.elements * fmt.block_bytes(), dtype=torch.uint8)
     x, ends = torch.zeros(64, 1024, dtype=dtype), torch.tensor([32, 64], dtype=torch.int32)
@@ -170,7 +221,7 @@ def programs(packing: Packing, dtype: torch.dtype) -> dict:
             stack.enter_context(patch.object(module, "on_host", lambda _: False))
         for module, some in names.items():
             for name in some:
-                stack.enter_context(patch.object(module, name, Catch(name, getattr(module, name))))
+                stack.enter_context(patch.object(module, name, Catch(name, getattr(module, name), caught)))
         driver.dequantize(data, packing, dtype)
         product.matmul(x[:1], data[0].contiguous(), packing)
         product.matmul(x, data[0].contiguous(), packing, x[:, :16], x[:, :16])
@@ -202,6 +253,8 @@ def machine_code(program, arguments: dict, target: int) -> dict[str, int]:
             signature[name], constants[(number,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name], aligned[(number,)] = types[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if value % 16 == 0:
@@ -220,4 +273,9 @@ def machine_code(program, arguments: dict, target: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    interpret(sys.argv[2:]) if sys.argv[1] == "interpret" else compile_ahead(int(sys.argv[2]), sys.argv[3:])
+    if sys.argv[1] == "interpret":
+        interpret(sys.argv[2:])
+    elif sys.argv[1] == "encode":
+        encode_all()
+    else:
+        compile_ahead(int(sys.argv[2]), sys.argv[3:])

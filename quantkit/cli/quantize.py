@@ -26,6 +26,9 @@ MIX is the short form that users of llama-quantize type: quantkit quantize MODEL
 @click.option(
     "--container", type=click.Choice(["gguf", "safetensors"]), help="For formats that both have (MXFP4, NVFP4): GGUF unless told."
 )
+@click.option(
+    "--device", default="cpu", show_default=True, help="Encode K-quants, Q8_0 and FP4 of method ggml on this GPU (cuda)."
+)
 @click.option("--split-max-size", help="Write parts of at most this size (2GiB), named by convention.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
@@ -49,6 +52,7 @@ def command(
     force: bool,
     no_imatrix: bool,
     adapter: str | None,
+    device: str,
     as_json: bool,
     **values: Any,
 ) -> None:
@@ -63,7 +67,7 @@ def command(
     options = make_options(values)
     path, manifest = quantize(
         model, output, mix or plan or "dynamic", make_request(values), keep=values["keep"], only=values["only"], floors=values["floors"], use_importance=not no_imatrix,
-        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, speed=make_speed(values), adapter=adapter, options=options,
+        force=force, split_bytes=parse_size(split_max_size) if split_max_size else None, container=container, speed=make_speed(values), adapter=adapter, device=device, options=options,
     )  # fmt: skip
     stop_all()
     if as_json:

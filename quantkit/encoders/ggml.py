@@ -6,7 +6,8 @@ The bytes equal those of llama.cpp's C code built without contraction of multipl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from quantkit.encoders.base import Encoder, check_finite, check_importance
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
+from quantkit.kernels.encode import ENCODERS as GPU_ENCODERS
 from quantkit.threads import map_rows
 
 _MODULES = {
@@ -28,6 +30,8 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 _FLOATS = ("F32", "F16", "BF16")
+
+_place = ["cpu"]  # where the formats that a GPU encodes are encoded; the last one counts
 
 Loop = Callable[[np.ndarray, np.ndarray, bool, np.ndarray], None]
 
@@ -66,6 +70,38 @@ def _refuse_overflow(x: npt.NDArray[np.float32], fmt: type[Format], name: str) -
     )
 
 
+@contextlib.contextmanager
+def encoding_on(device: str) -> Iterator[None]:
+    """Encode K-quants, Q8_0 and FP4 by this method on a device of torch meanwhile, to the same bytes.
+
+    Raises FormatError if torch cannot use it.
+    """
+    import torch
+
+    if device != "cpu":
+        try:
+            torch.zeros(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise FormatError(f"cannot encode on {device} ({str(error).splitlines()[0]})", hint="leave out --device") from None
+    _place.append(device)
+    try:
+        yield
+    finally:
+        _place.pop()
+
+
+def _encode_there(
+    x: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None, fmt: type[Format], name: str
+) -> npt.NDArray[np.uint8]:
+    """Packed rows from the current device."""
+    import torch
+
+    from quantkit.kernels.encode import encode
+
+    weights = None if importance is None else torch.from_numpy(importance).to(_place[-1])
+    return encode(torch.from_numpy(x).to(_place[-1]), fmt, weights, name).cpu().numpy()
+
+
 class GgmlEncoder(Encoder):
     """ggml's own search for every format of a GGUF file."""
 
@@ -92,6 +128,9 @@ class GgmlEncoder(Encoder):
                 hint="run `quantkit analyze` on a text that reaches this tensor, give --imatrix, or choose another format for it",
             )
         weighted = qw is not None
+        if _place[-1] != "cpu" and fmt.name in GPU_ENCODERS:
+            check_finite(x, name, at)
+            return _encode_there(x, qw, fmt, name)
         loop = _loop(fmt.name)
         out = np.empty((x.shape[0], row_bytes), np.uint8)
         dummy = np.zeros(1, np.float32) if qw is None else qw

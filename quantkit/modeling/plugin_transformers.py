@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.encoders import get_encoder
+from quantkit.encoders.ggml import encoding_on
 from quantkit.errors import FormatError, PlanError
 from quantkit.formats import get_format
 from quantkit.modeling.modules import Packed, QuantExperts, QuantLinear
@@ -147,7 +148,8 @@ def _quantize(model: Any, fmt: str, skipped: tuple[str, ...]) -> None:
 def _encoded(weight: torch.Tensor, fmt: str, name: str) -> torch.Tensor:
     """Packed bytes on the weight's device: uint8 (..., rows, bytes)."""
     rows = weight.detach().float().cpu().reshape(-1, weight.shape[-1]).numpy()
-    packed = get_encoder("ggml").encode(rows, None, get_format(fmt), name=name)
+    with encoding_on(str(weight.device)):
+        packed = get_encoder("ggml").encode(rows, None, get_format(fmt), name=name)
     return torch.from_numpy(packed).reshape(*weight.shape[:-1], -1).to(weight.device)
 
 
