@@ -18,7 +18,7 @@ from quantkit.analysis.run import ANALYSIS, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
-from quantkit.encoders.ggml import encoding_on
+from quantkit.encoders.ggml import encoding_on, require_device
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
@@ -153,6 +153,7 @@ def quantize(
         target = Path(out or folder_name(checkpoint, fmt))
         return target, write_folder(checkpoint, fmt, target, force=force, shard_bytes=split_bytes, progress=options.progress)
     checkpoint.require_unquantized()
+    require_device(device)
     if out is not None:
         check_output(checkpoint, Path(out), force)
         require_folder(Path(out))

@@ -175,7 +175,7 @@ def compile_ahead(target: int, names: list[str]) -> None:
         print(json.dumps(["encode", what, machine_code(program, arguments, target)]), flush=True)
     for name in names:
         packing = Packing(get_format(name), repack.gains(get_format(name)))  # as it lies on a GPU
-        for what, (program, arguments) in programs(packing, torch.float16 if target < 80 else torch.bfloat16).items():
+        for what, (program, arguments) in programs(packing, torch.float16 if target < 80 else torch.bfloat16, target).items():
             if target >= 80 or what in ("dequantize", "matvec"):  # the others are not used there
                 print(json.dumps([name, what, machine_code(program, arguments, target)]), flush=True)
 
@@ -207,7 +207,7 @@ def encoders() -> dict:
     return {name: caught[name] for name in names}
 
 
-def programs(packing: Packing, dtype: torch.dtype) -> dict:
+def programs(packing: Packing, dtype: torch.dtype, target: int) -> dict:
     """Every program with the arguments of a launch, caught instead of launched."""
     from quantkit.kernels import programs_dequantize, programs_product
 
@@ -219,6 +219,7 @@ def programs(packing: Packing, dtype: torch.dtype) -> dict:
     with ExitStack() as stack:
         for module in (driver, product):
             stack.enter_context(patch.object(module, "on_host", lambda _: False))
+        stack.enter_context(patch.object(product, "capability", lambda _: max(target, 80)))
         for module, some in names.items():
             for name in some:
                 stack.enter_context(patch.object(module, name, Catch(name, getattr(module, name), caught)))

@@ -140,7 +140,7 @@ def test_models_too_large_to_decode_are_judged_packed(files, monkeypatch):
     """The same divergence, within rounding, with the weights as they are in the file."""
     texts = default_texts()
     decoded = compare(tiny.MOE, [files / "Q4_K.gguf"], texts, limit=1024).candidates[0].divergence
-    monkeypatch.setattr("quantkit.evaluation.runners._memory_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("quantkit.evaluation.runners._memory_bytes", lambda device: 1 << 20)
     packed = compare(tiny.MOE, [files / "Q4_K.gguf"], texts, limit=1024).candidates[0].divergence
     assert packed.mean_kld == pytest.approx(decoded.mean_kld, rel=1e-3) and packed.tokens == decoded.tokens
     with pytest.raises(CheckpointError, match="cannot be put on cuda:7"):

@@ -94,6 +94,17 @@ def test_nothing_at_all_is_no_prompt(file, monkeypatch):
         generate(file, "")
 
 
+def test_spaces_and_contexts_are_kept(tiny_folder):
+    """A SentencePiece model's first new word keeps its space; no more tokens than the context holds."""
+    folder = tiny_folder("llama")
+    out = generate(folder, "Once upon", 8)
+    encoder = TextEncoder(open_checkpoint(folder))
+    assert encoder.decode(out.prompt) + out.text == encoder.decode(out.prompt + out.tokens)
+    assert len(generate(folder, "a " * 480, 128).prompt) + len(generate(folder, "a " * 480, 128).tokens) <= 512
+    with pytest.raises(CalibrationError, match="the model's context 512"):
+        generate(folder, "a " * 600, 1)
+
+
 def test_generating_ends_with_the_text(file, monkeypatch):
     first = generate(file, PROMPTS[0], 4).tokens[2]
     before = TextEncoder.__init__

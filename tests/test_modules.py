@@ -96,6 +96,12 @@ def test_transformers_quantizes_while_loading(tmp_path):
     assert torch.equal(logits(load(tmp_path / "saved")), logits(model))
     with pytest.raises(PlanError, match="names no format"):
         load(tiny.MOE, quantization_config=quantkit.QuantkitConfig())
+    with pytest.raises(PlanError, match="no layer of the model fits IQ2_S"):
+        load(tiny.build("llama", tmp_path / "narrow"), quantization_config=quantkit.QuantkitConfig(format="IQ2_S"))
+    with pytest.raises(PlanError, match="stay as they are"):
+        load(str(path), quantization_config=quantkit.QuantkitConfig(format="Q4_K"))
+    with pytest.raises(CheckpointError, match="save_pretrained from packed weights"):
+        open_checkpoint(tmp_path / "saved")
     with pytest.raises(FormatError, match="F16 does not quantize"):
         quantkit.QuantkitConfig(format="F16")
     plain = load(tiny.MOE, dtype=torch.float32)  # everything else goes on to transformers
@@ -139,6 +145,24 @@ def test_a_state_dict_has_the_files_bytes_however_they_lie():
     assert "512" in repr(layer) and "Q6_K" in repr(layer)
     with pytest.raises(FormatError, match="no blocks to keep packed"):
         QuantLinear(raw, "F16")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama"])
+def test_repacked_models_compute_the_same_with_a_tied_head_too(gguf, name):
+    """As on a GPU, where bytes lie in planes: the same logits, the file's bytes in the state dict, also after loading it."""
+    model = quantkit.load(gguf(name))
+    before, bytes_before = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    packed = [module for module in model.modules() if isinstance(module, Packed)]
+    for module in packed:
+        module.lay_out(lambda name, data: True)
+    assert all(module.packing("weight") == "Q4_0:planes" for module in packed) and torch.equal(logits(model), before)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "qwen2")
+    assert all(torch.equal(value, bytes_before[key]) for key, value in model.state_dict().items())
+    model.load_state_dict(bytes_before)
+    assert torch.equal(logits(model), before)
+    for module in packed:
+        module.lay_out(lambda name, data: True)
+    assert torch.equal(logits(model.to(torch.float32)), before)
 
 
 def test_a_layer_compiles_whole_forward_and_backward(gguf):

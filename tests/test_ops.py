@@ -7,6 +7,7 @@ import torch
 from kernel_tools import matrix
 from torch import nn
 
+from quantkit.errors import FormatError
 from quantkit.formats import get_format
 from quantkit.kernels import ops, repack
 
@@ -77,6 +78,18 @@ def test_values_and_gradients_are_those_of_decoded_weights(name):
     seed = torch.randn_like(ours)
     for mine, other in zip(torch.autograd.grad(ours, inputs, seed), torch.autograd.grad(theirs, inputs, seed), strict=True):
         assert torch.allclose(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_low_rank_additions_must_fit():
+    rows, x = packed("Q4_K", 13, 2), torch.randn(7, 512)
+    for low, up in (
+        (torch.randn(7, 4), None),
+        (torch.randn(7, 4), torch.randn(13, 5)),
+        (torch.randn(6, 4), torch.randn(13, 4)),
+        (torch.randn(7, 4).half(), torch.randn(13, 4)),
+    ):
+        with pytest.raises(FormatError, match="low-rank addition"):
+            ops.linear(x, rows, "Q4_K", low, up)
 
 
 def test_repacked_bytes_give_the_same():

@@ -14,7 +14,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.cli import main
 from quantkit.errors import PlanError
 from quantkit.evaluation import tune as module
-from quantkit.evaluation.tune import PLAIN, WAYS, Way, tune, tuned_arguments
+from quantkit.evaluation.tune import PLAIN, WAYS, Way, tune, tuned_arguments, tuning_path
 
 
 @pytest.fixture
@@ -48,6 +48,11 @@ def test_only_what_works_and_is_faster_is_chosen(file, monkeypatch):
     assert "no such backend" in trials["fails"].failed and "of their spread" in trials["wrong"].failed
     assert trials["slow"].token_seconds > 0.05 and not trials["slow"].failed and trials["slow"].graphs >= 1
     assert tuned_arguments(checkpoint.identity, "cpu") is None
+    tuning_path(checkpoint.identity, "cpu").write_text("{")
+    with pytest.raises(PlanError, match="damaged"):
+        tuned_arguments(checkpoint.identity, "cpu")
+    with pytest.raises(PlanError, match="not tuned"):
+        tuned_arguments("another", "cpu")
     with pytest.raises(PlanError, match="prompt is empty"):
         monkeypatch.setattr("quantkit.modeling.text.TextEncoder.prompt", lambda self, text: [])
         tune(checkpoint, "")

@@ -52,6 +52,11 @@ def read_formats(config: Config, source: str) -> Formats:
     readers = {
         "bitsandbytes": _bitsandbytes, "gptq": _gptq, "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8,
     }  # fmt: skip
+    if method == "quantkit":
+        raise CheckpointError(
+            f"{source} was written by transformers' save_pretrained from packed weights",
+            hint="load it with transformers and quantkit.QuantkitConfig(), or give the GGUF that it came from",
+        )
     if method not in readers:
         raise CheckpointError(f"{source} was quantized by the method {method!r}", hint=HINT)
     return readers[method](config, source)

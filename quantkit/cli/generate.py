@@ -40,6 +40,8 @@ def command(
         model, prompt, tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, runtime=runtime, device=device,
         chat=chat, compiled=compiled, show=None if as_json else show,
     )  # fmt: skip
+    if before and not as_json:  # the model ended its text at once
+        click.echo(before[0], nl=False)
     if as_json:
         emit_json({
             "text": out.text, "tokens": out.tokens, "prompt_tokens": out.prompt, "prompt_seconds": round(out.seconds[0], 3),

@@ -70,12 +70,8 @@ def _refuse_overflow(x: npt.NDArray[np.float32], fmt: type[Format], name: str) -
     )
 
 
-@contextlib.contextmanager
-def encoding_on(device: str) -> Iterator[None]:
-    """Encode K-quants, Q8_0 and FP4 by this method on a device of torch meanwhile, to the same bytes.
-
-    Raises FormatError if torch cannot use it.
-    """
+def require_device(device: str) -> None:
+    """Raise FormatError if torch cannot use a device."""
     import torch
 
     if device != "cpu":
@@ -83,6 +79,15 @@ def encoding_on(device: str) -> Iterator[None]:
             torch.zeros(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise FormatError(f"cannot encode on {device} ({str(error).splitlines()[0]})", hint="leave out --device") from None
+
+
+@contextlib.contextmanager
+def encoding_on(device: str) -> Iterator[None]:
+    """Encode K-quants, Q8_0 and FP4 by this method on a device of torch meanwhile, to the same bytes.
+
+    Raises FormatError if torch cannot use it.
+    """
+    require_device(device)
     _place.append(device)
     try:
         yield

@@ -117,7 +117,7 @@ def compare(
         reference=reference.resolve().name,
         reference_bytes=_bytes_of(original),
         architecture=original.family.arch,
-        runtime=runtime,
+        runtime=runtime if device == "cpu" else f"{runtime} on {device}",
         texts=[path.name for path in texts],
         tokens=rows[0].divergence.tokens if rows else 0,
         window=window,

@@ -15,6 +15,8 @@ from quantkit.modeling.packed import packed_model
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
 
+HALF = "\ufffd"  # at the end of a text: the bytes of a character are not complete yet
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -63,20 +65,34 @@ def generate(
     out = Generation(encoder.prompt(prompt))
     if not out.prompt:
         raise CalibrationError("the prompt is empty", hint="give some text")
+    context = int(checkpoint.config.get("max_position_embeddings") or len(out.prompt) + count)
+    if len(out.prompt) >= context:
+        raise CalibrationError(f"the prompt has {len(out.prompt)} tokens, the model's context {context}", hint="shorten it")
+    count = min(count, context - len(out.prompt))
     sampling, started = sampling or Sampling(), time.perf_counter()
-    first = started
+    first, shown = started, 0
     if runtime == "llama":
         tokens = _llama(checkpoint, out.prompt, count, sampling, encoder.ends)
     else:
         tokens = _torch(checkpoint, out.prompt, count, sampling, encoder.ends, device, compiled)
+    head = len(encoder.decode(out.prompt))
     for token in tokens:
         first = first if out.tokens else time.perf_counter()
         out.tokens.append(token)
-        before, out.text = out.text, encoder.decode(out.tokens)
-        if show and not out.text.endswith("\ufffd"):  # half of a character
-            show(out.text[len(before.rstrip("\ufffd")) :])
+        out.text = encoder.decode(out.prompt + out.tokens)[head:]
+        if not out.text.endswith(HALF):
+            shown = _show_from(out.text, shown, show)
+    _show_from(out.text, shown, show)
+    first = first if out.tokens else time.perf_counter()
     out.seconds = (first - started, time.perf_counter() - first)
     return out
+
+
+def _show_from(text: str, shown: int, show: Callable[[str], None] | None) -> int:
+    """Show what was not shown yet; returns how much is shown."""
+    if show and len(text) > shown:
+        show(text[shown:])
+    return len(text)
 
 
 def _torch(
@@ -121,7 +137,7 @@ def choose(logits: Any, sampling: Sampling, chance: Any) -> int:
 
 def _llama(checkpoint: Checkpoint, ids: list[int], count: int, sampling: Sampling, ends: list[int]) -> Iterator[int]:
     """llama.cpp's own loop, and its own way of choosing."""
-    with open_llama(checkpoint, len(ids) + count, seed=sampling.seed) as model:
+    with open_llama(checkpoint, len(ids) + count, seed=sampling.seed + 1) as model:  # llama-cpp-python takes 0 for none
         tokens = model.generate(ids, temp=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, min_p=0.0)
         for _, token in zip(range(count), tokens, strict=False):
             if token in ends:

@@ -123,15 +123,20 @@ class RunnerPool:
     """
 
     def __init__(self, runtime: str, window: int, checkpoints: list[Checkpoint], keep: bool, device: str = "cpu") -> None:
-        wanted = 4 * sum(checkpoint.n_weights for checkpoint in checkpoints)
         self._runtime, self._window, self._device = runtime, window, device
-        self._keep = keep and wanted <= _memory_bytes() // 2
+        self._keep = keep and sum(self._bytes(checkpoint) for checkpoint in checkpoints) <= _memory_bytes(device) // 2
         self._open: dict[int, Runner] = {}
+
+    def _bytes(self, checkpoint: Checkpoint) -> int:
+        """What a loaded model takes at most."""
+        plain = all(info.dtype in checkpoint.plain_types for info in checkpoint.tensors.values())
+        packed = self._device != "cpu" and not plain
+        return sum(path.stat().st_size for path in checkpoint.weight_files) if packed else 4 * checkpoint.n_weights
 
     def _start(self, checkpoint: Checkpoint) -> Runner:
         if self._runtime == "llama":
             return LlamaRunner(checkpoint, self._window)
-        return TorchRunner(checkpoint, 4 * checkpoint.n_weights > _memory_bytes() // 2, self._device)
+        return TorchRunner(checkpoint, 4 * checkpoint.n_weights > _memory_bytes("cpu") // 2, self._device)
 
     def __enter__(self) -> RunnerPool:
         return self
@@ -153,6 +158,10 @@ class RunnerPool:
                 runner.close()
 
 
-def _memory_bytes() -> int:
-    """Physical memory of this machine."""
+def _memory_bytes(device: str) -> int:
+    """Physical memory of this machine, or what is free on a GPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else 0
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -15,10 +15,12 @@ from quantkit.checkpoint.files import write_text
 from quantkit.errors import PlanError
 from quantkit.jit import cache_root
 from quantkit.modeling.packed import packed_model
+from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
 from quantkit.progress import Progress
 from quantkit.versions import package_versions
 
+VERSION = 1
 PLAIN = "not compiled"
 CLEARLY = 0.98  # a way must take at most this share of the plain time to be chosen
 TOLERANCE = 0.02  # of the spread of the logits, that a compiled model may be off by
@@ -79,7 +81,7 @@ class Tuning:
 
     def to_json(self) -> str:
         """The document."""
-        return json.dumps(asdict(self), indent=1)
+        return json.dumps({"quantkit_tuning": VERSION, **asdict(self)}, indent=1)
 
 
 def tuning_path(identity: str, device: str) -> Path:
@@ -96,12 +98,18 @@ def device_name(device: str) -> str:
 
 
 def tuned_arguments(identity: str, device: str) -> dict[str, Any] | None:
-    """The arguments of torch.compile that an earlier tuning chose; None for a plain run or no tuning."""
+    """The arguments of torch.compile that an earlier tuning chose; None for a plain run.
+
+    Raises PlanError if the model was not tuned on the device with this torch, or the file is damaged.
+    """
     path = tuning_path(identity, device_name(device))
-    if not path.exists():
-        return None
-    chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-    return next((way.arguments for way in WAYS if way.name == chosen), None)
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+        return next(way.arguments for way in WAYS if way.name == chosen)
+    except FileNotFoundError:
+        raise PlanError(f"the model was not tuned on {device_name(device)}", hint="run quantkit tune MODEL --compile") from None
+    except (ValueError, KeyError, TypeError, StopIteration):
+        raise PlanError(f"{path} is damaged", hint="run quantkit tune MODEL --compile again") from None
 
 
 class Workload:
@@ -122,7 +130,7 @@ class Workload:
         wait = torch.cuda.synchronize if self.ids.is_cuda else lambda: None
         cache = StaticCache(config=self.model.config, max_cache_len=self.ids.shape[1] + self.tokens)
         seconds = []
-        with torch.inference_mode():
+        with torch.inference_mode(), fast_float32():
             for number in range(self.tokens + 1):
                 wait()
                 started = time.perf_counter()

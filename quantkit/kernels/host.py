@@ -39,9 +39,9 @@ def matmul(x: torch.Tensor, data: torch.Tensor, fmt: type[Format]) -> torch.Tens
     """x · Wᵀ: float32 (tokens, columns) times packed rows, uint8 (rows, bytes) → float32 (tokens, rows)."""
     import torch
 
-    from quantkit.kernels.loops_host import dots
-
     given, rows, run, columns = np.ascontiguousarray(x.detach().numpy()), _blocks(data, fmt), _decoder(fmt), x.shape[1]
+    from quantkit.kernels.loops_host import dots  # after the decoder, which says where compiled code is kept
+
     out = np.empty((len(given), len(rows)), np.float32)
     few = len(given) <= FEW
     step = max(1, (TILE if few else PANEL) // columns)

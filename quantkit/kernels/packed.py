@@ -85,6 +85,19 @@ def check_product(x: torch.Tensor, data: torch.Tensor, packing: Packing, transpo
         raise FormatError(f"inputs are on {x.device}, packed weights on {data.device}", hint="move one of them")
 
 
+def check_low_rank(x: torch.Tensor, data: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None) -> None:
+    """Raise FormatError if low · upᵀ cannot be added to x · Wᵀ: both or none, of the type of x, of one rank."""
+    if low is None and up is None:
+        return
+    fits = low is not None and up is not None and low.shape[:-1] == x.shape[:-1] and up.shape == (len(data), low.shape[-1])
+    if not fits or low.dtype != x.dtype or up.dtype != x.dtype or low.device != x.device or up.device != x.device:  # type: ignore[union-attr]
+        shapes = [None if value is None else (tuple(value.shape), value.dtype, str(value.device)) for value in (low, up)]
+        raise FormatError(
+            f"a low-rank addition of {shapes} does not fit inputs {tuple(x.shape)} and {len(data)} rows in {x.dtype}",
+            hint="low is (..., rank), up (rows, rank), both of the inputs' type and device",
+        )
+
+
 def interpreted() -> bool:
     """Whether Triton's programs run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -13,7 +13,7 @@ from quantkit.errors import FormatError
 from quantkit.formats.layout import Linear, Trits
 from quantkit.kernels import host
 from quantkit.kernels.dequantize import embedding
-from quantkit.kernels.packed import Packing, check_product, file_bytes, on_host
+from quantkit.kernels.packed import Packing, check_low_rank, check_product, file_bytes, on_host
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FEW = 8  # tokens for which a program reads the weights once for each
 SOME = 256  # tokens up to which weights are decoded into registers
 MATVEC_ROWS, MATVEC_WEIGHTS = 4, 512  # outputs of one program, and weights of a row that it decodes at a time
-LAUNCH = {"num_warps": 8, "maxnreg": 255, "enable_fp_fusion": True}  # of programs that make tiles; none spills registers
+WARPS = 8  # of a program that makes a tile
 ROWS, DEPTH = 64, 64  # of a tile: rows, and the least weights of a row for one dot
 NARROW = 32  # rows where values come from tables or code books: with more, registers do not suffice
 PANEL = 1 << 25  # weights of a panel: 64 MiB in bfloat16
@@ -36,6 +36,7 @@ def matmul(
     Raises FormatError if x and the rows do not fit each other.
     """
     check_product(x, data, packing)
+    check_low_rank(x, data, low, up)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     thin = low.reshape(len(flat), -1).contiguous() if low is not None else None
     if on_host(data):
@@ -125,14 +126,22 @@ def _check_ends(x: torch.Tensor, data: torch.Tensor, ends: torch.Tensor) -> None
         )
 
 
+def capability(data: torch.Tensor) -> int:
+    """A GPU's compute capability, 90 for 9.0; of Triton's interpreter, the newest that this knows."""
+    import torch
+
+    if data.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(data.device)
+    return 10 * major + minor
+
+
 def multiplies_tiles(data: torch.Tensor) -> bool:
-    """Whether Triton multiplies tiles on tensor cores there: from compute capability 8.0 on (and in its interpreter).
+    """Whether Triton multiplies tiles on tensor cores there: from compute capability 8.0 on.
 
     Older GPUs decode and leave products to torch; only few tokens are multiplied straight from the packed bytes.
     """
-    import torch
-
-    return data.device.type != "cuda" or torch.cuda.get_device_capability(data.device) >= (8, 0)
+    return capability(data) >= 80
 
 
 # -- Triton ---------------------------------------------------------------------------------------
@@ -165,6 +174,11 @@ def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[st
         together *= 2
     found = {"PLACE": made.place, "SIZES": made.sizes, "TOGETHER": together, "total": _blocks(data, packing)}
     return {f"{name}{suffix}": value for name, value in found.items()}
+
+
+def _launch(data: torch.Tensor) -> dict[str, Any]:
+    """Options of programs that make tiles. Below 9.0 the compiler would rather spill registers than use them all."""
+    return {"num_warps": WARPS, "enable_fp_fusion": True} | ({"maxnreg": 255} if capability(data) < 90 else {})
 
 
 def _height(*packings: Packing) -> int:
@@ -208,7 +222,7 @@ def _tiles(
         program[(-(-rows // height), count)](
             x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
             low=x if low is None else low, up=x if up is None else up.contiguous(), rows=rows, tokens=len(x), rank=rank,
-            GROUPED=ends is not None, RANK=rank and max(16, 1 << (rank - 1).bit_length()), ROWS=height, TOKENS=tile, **LAUNCH,
+            GROUPED=ends is not None, RANK=rank and max(16, 1 << (rank - 1).bit_length()), ROWS=height, TOKENS=tile, **_launch(data),
             **given, **_geometry(packing, data),
         )  # fmt: skip
     return out
@@ -226,7 +240,7 @@ def _swiglu_tiles(
     if len(x):
         program[(-(-rows // height), count)](
             x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
-            rows=rows, tokens=len(x), GROUPED=ends is not None, ROWS=height, TOKENS=tile, **LAUNCH,
+            rows=rows, tokens=len(x), GROUPED=ends is not None, ROWS=height, TOKENS=tile, **_launch(gate),
             **given, **_geometry(packings[0], gate, "_gate"), **_geometry(packings[1], up, "_up"),
         )  # fmt: skip
     return out
@@ -244,7 +258,7 @@ def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, end
         program[(-(-given["blocks"] // shape["TOGETHER"]), count)](
             x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
             rows=data.shape[-2], tokens=len(x), PIECE=piece, GROUPED=ends is not None, ROWS=_height(packing), TOKENS=tile,
-            **LAUNCH, **given, **shape,
+            **_launch(data), **given, **shape,
         )  # fmt: skip
     return out
 

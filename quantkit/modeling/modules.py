@@ -17,6 +17,7 @@ from quantkit.formats import get_format
 from quantkit.kernels import ops, repack
 from quantkit.kernels.packed import Packing
 
+MOVED = "quantkit_planes"  # note at a parameter whose bytes were repacked
 PLAIN = ""  # in place of a format's name: the parameter is not packed
 
 
@@ -29,38 +30,47 @@ class Packed(nn.Module):
             if name != PLAIN and get_format(name).codes is None:
                 raise FormatError(f"{name} has no blocks to keep packed", hint="use torch's own layers")
         self.formats = dict(formats)
-        self._planes = dict.fromkeys(formats, False)
+        self._packings = dict(formats)  # as the operators take them; kept here, because the compiler reads them
 
     def packing(self, name: str) -> str:
         """How the bytes of a parameter are to be read, as the operators take it."""
-        return str(Packing(get_format(self.formats[name]), self._planes[name]))
+        return self._packings[name]
 
     def lay_out(self, planes: Callable[[str, Tensor], bool] | None = None) -> None:
-        """Give every parameter the order of bytes that its device reads fastest, or the one that ``planes`` says."""
+        """Give every parameter the order of bytes that its device reads fastest, or the one that ``planes`` says.
+
+        The order is noted at the parameter, because two modules may share one (a tied head).
+        """
         for name, data in self._parameters.items():
             if data is None or self.formats.get(name, PLAIN) == PLAIN or data.device.type == "meta":
                 continue
-            fmt = get_format(self.formats[name])
+            fmt, held = get_format(self.formats[name]), getattr(data, MOVED, False)
             wanted = planes(name, data) if planes else data.device.type == "cuda" and repack.gains(fmt)
-            if wanted != self._planes[name]:
+            if wanted != held:
                 data.data = repack.pack(data.data, fmt) if wanted else repack.unpack(data.data, fmt)
-                self._planes[name] = wanted
+                setattr(data, MOVED, wanted)
+            self._packings[name] = str(Packing(fmt, wanted))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.lay_out(_as_in_the_file)  # a parameter may be made anew, without its note
         super()._apply(fn, recurse)
         self.lay_out()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, moved in self._planes.items():
-            if moved:
-                destination[prefix + name] = repack.unpack(destination[prefix + name], get_format(self.formats[name]))
+        for name, data in self._parameters.items():
+            if data is not None and getattr(data, MOVED, False):
+                destination[prefix + name] = repack.unpack(data.data, get_format(self.formats[name]))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        self.lay_out(lambda name, data: False)
+        self.lay_out(_as_in_the_file)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.lay_out()
+
+
+def _as_in_the_file(name: str, data: Tensor) -> bool:
+    return False
 
 
 def frozen(value: Tensor) -> nn.Parameter:

@@ -69,6 +69,8 @@ class QuantkitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         config = self.quantization_config
         if checkpoint_files and checkpoint_files[0].endswith(SUFFIX):
+            if config.format is not None:
+                raise PlanError(f"{checkpoint_files[0]} is a GGUF, whose tensors stay as they are", hint="leave out format=")
             self._file = open_checkpoint(checkpoint_files[0])
             config.formats, config.rope_divisors = formats_of(self._file, model), rope_divisors(self._file)
             self._folder = tempfile.mkdtemp(prefix="quantkit-")  # transformers reads no weights, fill does
@@ -93,7 +95,9 @@ class QuantkitQuantizer(HfQuantizer):
             self._file = None
         elif not self.pre_quantized and config.format is not None:
             _quantize(model, config.format, tuple(config.modules_to_not_convert or ("lm_head",)))
-            config.formats, config.format = _packed_formats(model), None
+            if not (found := _packed_formats(model)):
+                raise PlanError(f"no layer of the model fits {config.format}", hint="choose another format, such as Q8_0")
+            config.formats, config.format = found, None
         self.pre_quantized = True
         if config.rope_divisors is not None:
             rotary = model.model.rotary_emb
