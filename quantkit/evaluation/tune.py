@@ -104,8 +104,8 @@ def tuned_arguments(identity: str, device: str) -> dict[str, Any] | None:
     """
     path = tuning_path(identity, device_name(device))
     try:
-        chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-        return next(way.arguments for way in WAYS if way.name == chosen)
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return next(way.arguments for way in WAYS if (way.name, VERSION) == (known["chosen"], known["quantkit_tuning"]))
     except FileNotFoundError:
         raise PlanError(f"the model was not tuned on {device_name(device)}", hint="run quantkit tune MODEL --compile") from None
     except (ValueError, KeyError, TypeError, StopIteration):
