@@ -19,6 +19,7 @@ from quantkit.formats import formats, get_format
 from quantkit.kernels import dequantize as driver
 from quantkit.kernels import product, repack
 from quantkit.kernels.packed import Packing
+from quantkit.kernels.settings import Settings, using
 
 BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]
 EXACT = 1e-6  # float32 sums against float64, in shares of the sum of sizes
@@ -112,7 +113,7 @@ def products(packing: Packing) -> None:
     near(product.matmul(x, data, packing, low, up), x, weight, f"{name} low rank", (low.double() @ up.double().T).numpy())
     back = torch.randn(19, 13)
     near(product.matmul_transposed(back, data, packing), back, weight.T, f"{name} transposed")
-    with patch.object(product, "SOME", 16), patch.object(product, "PANEL", 5 * weight.shape[1]):
+    with using(Settings(some=16)), patch.object(product, "PANEL", 5 * weight.shape[1]):
         near(product.matmul(x, data, packing), x, weight, f"{name} many")
         near(product.matmul_transposed(back, data, packing), back, weight.T, f"{name} many, transposed")
 
@@ -260,7 +261,7 @@ def machine_code(program, arguments: dict, target: int) -> dict[str, int]:
             signature[name] = "i32"
             if value % 16 == 0:
                 aligned[(number,)] = [["tt.divisibility", 16]]
-    options = {name: arguments[name] for name in ("enable_fp_fusion", "num_warps", "maxnreg") if name in arguments}
+    options = {name: arguments[name] for name in ("enable_fp_fusion", "num_warps", "num_stages", "maxnreg") if name in arguments}
     made = triton.compile(
         ASTSource(program, signature, constants, aligned), target=GPUTarget("cuda", target, 32), options=options
     )

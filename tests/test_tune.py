@@ -7,14 +7,18 @@ import time
 
 import pytest
 import tiny
+import torch
 from click.testing import CliRunner
 
 from quantkit.api import generate, quantize
 from quantkit.checkpoint import open_checkpoint
 from quantkit.cli import main
-from quantkit.errors import PlanError
+from quantkit.errors import FormatError, PlanError
 from quantkit.evaluation import tune as module
 from quantkit.evaluation.tune import PLAIN, WAYS, Way, tune, tuned_arguments, tuning_path
+from quantkit.evaluation.tune_kernels import search
+from quantkit.kernels import settings
+from quantkit.kernels.settings import Settings, document, settings_of, settings_path
 
 
 @pytest.fixture
@@ -75,3 +79,34 @@ def test_the_choice_is_kept_and_used(file, monkeypatch):
 
 def test_the_ways_have_names_of_their_own():
     assert len({way.name for way in WAYS}) == len(WAYS) and WAYS[0].name == PLAIN and WAYS[0].arguments is None
+
+
+def test_settings_of_programs_are_kept_only_if_they_help(tmp_path, monkeypatch):
+    """A search with times of our own: a setting that helps is kept, one that fails or does not help is not."""
+    monkeypatch.setenv("QUANTKIT_CACHE", str(tmp_path))
+
+    def seconds(work):
+        now = settings_of(torch.zeros(1))
+        if now.rows == 128:
+            raise RuntimeError("out of resource: registers")
+        return work() * (0.5 if now.row_outputs == 8 else 0.7 if now.row_outputs == 2 else 1) * (0.999 if now.warps == 4 else 1)
+
+    found = search([lambda: 1.0, lambda: 2.0], seconds, "A GPU")
+    assert found.settings == Settings(row_outputs=8)
+    steps = {(step.setting, step.value): step for step in found.steps}
+    assert (
+        "registers" in steps["rows", 128].failed
+        and not steps["warps", 4].kept
+        and steps["row_outputs", 8].share == pytest.approx(0.5)
+    )
+    path = settings_path("A GPU")
+    path.parent.mkdir()
+    path.write_text(document(found.settings))
+    assert settings._kept("A GPU") == found.settings and settings._kept("another") == Settings()
+    settings_path("B").write_text("{}")
+    with pytest.raises(FormatError, match="damaged"):
+        settings._kept("B")
+    assert settings_of(torch.zeros(1)) == Settings()
+    for arguments, words in (([], "no GPU"), (["--compile"], "needs a MODEL"), (["model"], "with --compile")):
+        done = CliRunner().invoke(main, ["tune", *arguments])
+        assert done.exit_code == 1 and (words in done.stderr or torch.cuda.is_available())

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from quantkit.errors import FormatError
 from quantkit.kernels import host
 from quantkit.kernels.packed import Packing, check, file_bytes, on_host
+from quantkit.kernels.settings import settings_of
 
 if TYPE_CHECKING:
     import torch
-
-WEIGHTS = 2048  # of one piece of its blocks that a program decodes: 16 for each of its threads, a wide load
 
 
 def dequantize(data: torch.Tensor, packing: Packing, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -60,7 +59,7 @@ def _launch(data: torch.Tensor, packing: Packing, ids: torch.Tensor | None, dtyp
     blocks, elements = given["blocks"], packing.format.elements
     count = data.numel() // packing.format.block_bytes() if ids is None else len(ids) * blocks
     out = torch.empty(count * elements, dtype=dtype, device=data.device)
-    together = max(1, WEIGHTS // packing.decoder().largest)
+    together = max(1, settings_of(data).decoded // packing.decoder().largest)
     if count:
         program[(-(-count // together),)](
             out=out, ids=data if ids is None else ids, count=count, total=data.numel() // packing.format.block_bytes(),

@@ -1,8 +1,8 @@
 """Products with packed weights: x · Wᵀ and x · W, of one matrix or of many experts, without expanding W in memory.
 
-On a GPU up to FEW tokens are multiplied row by row, up to SOME in tiles that decode the weights as they go, more of
-them panel by panel: decoding a panel costs little beside so many products, and torch's own product is the fastest
-there is. On the CPU host.py does it.
+On a GPU few tokens are multiplied row by row, some in tiles that decode the weights as they go, more of them panel by
+panel: decoding a panel costs little beside so many products, and torch's own product is the fastest there is. How many
+are few and some, and how large tiles are, settings.py says. On the CPU host.py does it.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import FormatError
-from quantkit.formats.layout import Linear, Trits
+from quantkit.formats.layout import Integers, Linear
 from quantkit.kernels import host
 from quantkit.kernels.dequantize import embedding
 from quantkit.kernels.packed import Packing, check_low_rank, check_product, file_bytes, on_host
+from quantkit.kernels.settings import settings_of
 
 if TYPE_CHECKING:
     import torch
 
-FEW = 8  # tokens for which a program reads the weights once for each
-SOME = 256  # tokens up to which weights are decoded into registers
-MATVEC_ROWS, MATVEC_WEIGHTS = 4, 512  # outputs of one program, and weights of a row that it decodes at a time
-WARPS = 8  # of a program that makes a tile
-ROWS, DEPTH = 64, 64  # of a tile: rows, and the least weights of a row for one dot
-NARROW = 32  # rows where values come from tables or code books: with more, registers do not suffice
+DEPTH = 64  # the least weights of a row for one dot
 PANEL = 1 << 25  # weights of a panel: 64 MiB in bfloat16
 
 
@@ -41,9 +37,9 @@ def matmul(
     thin = low.reshape(len(flat), -1).contiguous() if low is not None else None
     if on_host(data):
         out = host.matmul(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
-    elif 0 < len(flat) <= FEW:
+    elif 0 < len(flat) <= settings_of(data).few:
         out = _matvec(flat, data, packing)
-    elif len(flat) <= SOME and multiplies_tiles(data):
+    elif len(flat) <= settings_of(data).some and multiplies_tiles(data):
         return _tiles(flat, data, packing, None, thin, up).reshape(*x.shape[:-1], len(data))
     else:
         out = _panels(flat, data, packing, transposed=False)
@@ -58,7 +54,7 @@ def matmul_transposed(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if on_host(data):
         out = host.matmul_transposed(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
-    elif len(flat) <= SOME and multiplies_tiles(data):
+    elif len(flat) <= settings_of(data).some and multiplies_tiles(data):
         out = _transposed_tiles(flat, data, packing, None)
     else:
         out = _panels(flat, data, packing, transposed=True)
@@ -107,7 +103,8 @@ def swiglu(
     if gate.shape[:-1] != up.shape[:-1]:
         raise FormatError(f"gate and up have {gate.shape[-2]} and {up.shape[-2]} rows", hint="they must be of one layer")
     x = x.contiguous()
-    if on_host(gate) or not multiplies_tiles(gate) or (ends is None and (len(x) <= FEW or len(x) > SOME)):
+    sizes = settings_of(gate)
+    if on_host(gate) or not multiplies_tiles(gate) or (ends is None and not sizes.few < len(x) <= sizes.some):
         import torch
 
         both = [
@@ -157,11 +154,11 @@ def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tens
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matvec
 
-    made = packing.decoder()
+    made, sizes = packing.decoder(), settings_of(data)
     out = x.new_empty(len(x), len(data))
-    matvec[(-(-len(data) // MATVEC_ROWS), len(x))](
-        x=x, out=out, rows=len(data), total=_blocks(data, packing), WHERE=made.where, SHAPE=made.shape, ROWS=MATVEC_ROWS,
-        TOGETHER=max(1, MATVEC_WEIGHTS // packing.format.elements), enable_fp_fusion=True, **given,
+    matvec[(-(-len(data) // sizes.row_outputs), len(x))](
+        x=x, out=out, rows=len(data), total=_blocks(data, packing), WHERE=made.where, SHAPE=made.shape,
+        ROWS=sizes.row_outputs, TOGETHER=max(1, sizes.row_weights // packing.format.elements), enable_fp_fusion=True, **given,
     )  # fmt: skip
     return out
 
@@ -178,13 +175,17 @@ def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[st
 
 def _launch(data: torch.Tensor) -> dict[str, Any]:
     """Options of programs that make tiles. Below 9.0 the compiler would rather spill registers than use them all."""
-    return {"num_warps": WARPS, "enable_fp_fusion": True} | ({"maxnreg": 255} if capability(data) < 90 else {})
+    older = {"maxnreg": 255, "num_stages": 2} if capability(data) < 90 else {}
+    return {"num_warps": settings_of(data).warps, "enable_fp_fusion": True, **older}
 
 
-def _height(*packings: Packing) -> int:
-    """Rows of a tile."""
-    easy = all(isinstance(p.format.values, Linear) and not isinstance(p.format.codes, Trits) for p in packings)
-    return ROWS if easy else NARROW
+def _height(data: torch.Tensor, *packings: Packing) -> int:
+    """Rows of a tile: fewer where registers would not suffice. Values of tables or code books take many, digits more."""
+    sizes = settings_of(data)
+    if any(packing.decoder().shape is None for packing in packings):
+        return max(16, sizes.narrow // 2)
+    easy = all(isinstance(p.format.values, Linear) and isinstance(p.format.codes, Integers) for p in packings)
+    return sizes.rows if easy and capability(data) >= 90 else sizes.narrow
 
 
 def _grid(tokens: int, ends: torch.Tensor | None) -> tuple[int, int]:
@@ -215,7 +216,7 @@ def _tiles(
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matmul as program
 
-    rows, height, (tile, count) = data.shape[-2], _height(packing), _grid(len(x), ends)
+    rows, height, (tile, count) = data.shape[-2], _height(data, packing), _grid(len(x), ends)
     out = x.new_empty(len(x), rows)
     rank = 0 if low is None else low.shape[1]
     if len(x):
@@ -235,7 +236,7 @@ def _swiglu_tiles(
     given = {**packings[0].arguments(gate, "_gate"), **packings[1].arguments(up, "_up")}
     from quantkit.kernels.programs_product import swiglu as program
 
-    rows, height, (tile, count) = gate.shape[-2], _height(*packings), _grid(len(x), ends)
+    rows, height, (tile, count) = gate.shape[-2], _height(gate, *packings), _grid(len(x), ends)
     out = x.new_empty(len(x), rows)
     if len(x):
         program[(-(-rows // height), count)](
@@ -257,7 +258,7 @@ def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, end
     for piece in range(pieces if len(x) else 0):
         program[(-(-given["blocks"] // shape["TOGETHER"]), count)](
             x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
-            rows=data.shape[-2], tokens=len(x), PIECE=piece, GROUPED=ends is not None, ROWS=_height(packing), TOKENS=tile,
+            rows=data.shape[-2], tokens=len(x), PIECE=piece, GROUPED=ends is not None, ROWS=_height(data, packing), TOKENS=tile,
             **_launch(data), **given, **shape,
         )  # fmt: skip
     return out
