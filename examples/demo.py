@@ -1,4 +1,4 @@
-"""The main job on the shipped model: analyze → plan → quantize → compare, from nothing, with a report.
+"""The main job on the shipped model: analyze → plan → quantize → generate → compare, from nothing, with a report.
 
 make demo
 """
@@ -34,6 +34,7 @@ def main() -> None:
     quantkit("plan", model, "--work", work, "--like", stock)
     quantkit("quantize", model, "--work", work, "--like", stock, "-o", dynamic)
     quantkit("verify", dynamic)
+    quantkit("generate", dynamic, "-p", "Once upon a time", "-n", "48")
     quantkit("compare", model, stock, dynamic, "--work", work, "-o", report)
     print(f"\nfinished in {time.perf_counter() - started:.0f} s; open {report}")
 

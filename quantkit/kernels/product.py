@@ -180,12 +180,9 @@ def _launch(data: torch.Tensor) -> dict[str, Any]:
 
 
 def _height(data: torch.Tensor, *packings: Packing) -> int:
-    """Rows of a tile: fewer where registers would not suffice. Values of tables or code books take many, digits more."""
-    sizes = settings_of(data)
-    if any(packing.decoder().shape is None for packing in packings):
-        return max(16, sizes.narrow // 2)
+    """Rows of a tile: fewer where values come from tables or code books, or the GPU is older: registers do not suffice."""
     easy = all(isinstance(p.format.values, Linear) and isinstance(p.format.codes, Integers) for p in packings)
-    return sizes.rows if easy and capability(data) >= 90 else sizes.narrow
+    return settings_of(data).rows if easy and capability(data) >= 90 else settings_of(data).narrow
 
 
 def _grid(tokens: int, ends: torch.Tensor | None) -> tuple[int, int]:
