@@ -18,11 +18,12 @@ from quantkit.analysis.run import ANALYSIS, work_directory
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
-from quantkit.encoders.ggml import encoding_on, require_device
+from quantkit.encoders.ggml import encoding_on
 from quantkit.encoders.stats import ActivationStats
 from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
 from quantkit.evaluation.generate import Generation
+from quantkit.kernels.devices import require_device
 from quantkit.planning.budget import Request, parse_size
 from quantkit.planning.memory import Run
 from quantkit.planning.plan import Plan
@@ -279,6 +280,7 @@ def compare(
     from quantkit.evaluation.report import write_html
     from quantkit.evaluation.texts import default_texts
 
+    _require_runtime(runtime, device)
     if html is not None:
         require_folder(Path(html))
         if Path(html).suffix.lower() not in (".html", ".htm"):
@@ -306,6 +308,16 @@ def compare(
     return report
 
 
+def _require_runtime(runtime: str, device: str, compiled: bool = False) -> None:
+    """Raise PlanError for what llama.cpp does not do here, FormatError for a device that is not there."""
+    if runtime == "llama" and (device != "cpu" or compiled):
+        what = f"on {device}" if device != "cpu" else "compiled"
+        raise PlanError(
+            f"--runtime llama does not run {what} here", hint="leave out --device and --compile, or use --runtime torch"
+        )
+    require_device(device)
+
+
 def load(path: str | Path, dtype: Any = None, device: Any = "cpu") -> Any:
     """A model in torch (transformers' class) from a checkpoint, a quantized GGUF or folder, ready to run and to generate.
 
@@ -330,6 +342,7 @@ def generate(
     from quantkit.evaluation.generate import Sampling
     from quantkit.evaluation.generate import generate as run
 
+    _require_runtime(runtime, device, compiled)
     sampling = Sampling(temperature, top_k, top_p, seed)
     return run(
         open_checkpoint(model), prompt, count, sampling, runtime=runtime, device=device, chat=chat, compiled=compiled, show=show

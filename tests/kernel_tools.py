@@ -22,6 +22,7 @@ from quantkit.kernels.packed import Packing
 from quantkit.kernels.settings import Settings, using
 
 BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]
+SHARED = {75: 65_536, 80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes that a program may have
 EXACT = 1e-6  # float32 sums against float64, in shares of the sum of sizes
 
 
@@ -129,6 +130,8 @@ def experts(packing: Packing) -> None:
     raw_up, weight_up = matrix(other.format, 3 * 13, each.shape[2] // 32, seed=1)
     up = weight_up.reshape(3, 13, -1)
     made = product.swiglu(x, data, raw_up.reshape(3, 13, -1), (packing, other), ends)
+    one = raw_up.reshape(3, 13, -1)[0].contiguous()
+    assert product.swiglu(x.reshape(7, 3, -1), one, one, (other, other)).shape == (7, 3, 13)
     for expert, part in ((0, slice(0, 3)), (2, slice(3, 21))):
         near(out[part], x[part], each[expert], f"{name} experts")
         near(out_back[part], back[part], each[expert].T, f"{name} experts, transposed")
@@ -215,18 +218,18 @@ def programs(packing: Packing, dtype: torch.dtype, target: int) -> dict:
     caught: dict = {}
     fmt = packing.format
     data = torch.zeros(2, 64, 4 * 256 // fmt.elements * fmt.block_bytes(), dtype=torch.uint8)
-    x, ends = torch.zeros(64, 1024, dtype=dtype), torch.tensor([32, 64], dtype=torch.int32)
+    x, ends = torch.zeros(128, 1024, dtype=dtype), torch.tensor([64, 128], dtype=torch.int32)
     names = {programs_dequantize: ["dequantize"], programs_product: ["matvec", "matmul", "swiglu", "matmul_transposed"]}
     with ExitStack() as stack:
         for module in (driver, product):
             stack.enter_context(patch.object(module, "on_host", lambda _: False))
-        stack.enter_context(patch.object(product, "capability", lambda _: max(target, 80)))
+        stack.enter_context(patch.object(product, "is_roomy", lambda _: target in (90, 100)))
         for module, some in names.items():
             for name in some:
                 stack.enter_context(patch.object(module, name, Catch(name, getattr(module, name), caught)))
         driver.dequantize(data, packing, dtype)
         product.matmul(x[:1], data[0].contiguous(), packing)
-        product.matmul(x, data[0].contiguous(), packing, x[:, :16], x[:, :16])
+        product.matmul(x, data[0].contiguous(), packing, x[:, :16], x[:64, :16])
         product.swiglu(x, data, data, (packing, packing), ends)
         product.matmul_transposed(x[:, :64], data[0].contiguous(), packing)
     return caught
@@ -270,6 +273,7 @@ def machine_code(program, arguments: dict, target: int) -> dict[str, int]:
         file.flush()
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    assert made.metadata.shared <= SHARED[target], (program.__name__, made.metadata.shared)
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage.stdout + usage.stderr))
     return {**Counter(re.findall(r"\b((?:LD|ST)(?:G|L|GSTS)\b[.A-Z0-9]*)", sass)), "registers": registers}
 

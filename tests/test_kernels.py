@@ -5,6 +5,7 @@ Both run in processes of their own, because the interpreter is chosen when trito
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -16,11 +17,12 @@ import pytest
 import tiny
 import torch
 from click.testing import CliRunner
+from kernel_tools import BLOCKED
 
 from quantkit.cli import main
 from quantkit.encoders import ggml
 from quantkit.errors import FormatError
-from quantkit.formats import formats, get_format
+from quantkit.formats import get_format
 from quantkit.kernels import repack
 from quantkit.kernels.dequantize import dequantize, embedding
 from quantkit.kernels.encode import ENCODERS, encode
@@ -29,7 +31,6 @@ from quantkit.kernels.product import grouped, matmul, matmul_transposed, swiglu
 from quantkit.kernels.source import decoder_source, fitted, pieces_of, planes_of
 
 HELP = Path(__file__).parent / "kernel_tools.py"
-BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]
 FAMILIES = ["Q4_K", "Q8_0", "Q6_K", "MXFP4", "IQ4_XS", "IQ2_S", "TQ2_0"]  # one for each kind of layout
 REGISTERS = 255  # of a thread at most: a program of 256 threads still fits the 65,536 of a multiprocessor
 
@@ -85,6 +86,20 @@ def test_interpreted_encoders_write_the_bytes_of_the_cpus():
     assert run("encode", TRITON_INTERPRET="1").split() == list(ENCODERS)
 
 
+def test_nothing_is_divided_by_a_number_of_python():
+    """On a GPU torch multiplies by its reciprocal then, which is off in the last bit; the CPU's tests cannot see it."""
+    tree = ast.parse(Path(encode.__code__.co_filename).read_text())
+    sides = [
+        side
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        for side in (node.left, node.right)
+    ]
+    tensors = {"value", "low", "step", "groups"}  # what is divided, and by what, comes from these
+    named = [{name.id for name in ast.walk(side) if isinstance(name, ast.Name)} for side in sides]
+    assert len(sides) == 10 and all(names & tensors for names in named), [ast.unparse(side) for side in sides]
+
+
 def compiled(target: int, names: list[str]) -> dict[tuple[str, str], dict[str, int]]:
     return {(name, what): facts for name, what, facts in map(json.loads, run("compile", str(target), *names).splitlines())}
 
@@ -103,13 +118,13 @@ def test_programs_compile_for_a_gpu():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [75, 80, 89, 90])
+@pytest.mark.parametrize("target", [75, 80, 89, 90, 120])
 def test_all_formats_compile_for_all_gpus(target):
     facts = compiled(target, [fmt.name for fmt in BLOCKED])
     assert len(facts) == len(BLOCKED) * (5 if target >= 80 else 2) + 5
     for key, found in facts.items():
         spilled = sum(count for kind, count in found.items() if kind.startswith(("LDL", "STL")))
-        assert spilled <= (2 if key == ("TQ1_0", "swiglu") and target < 90 else 0), (key, found)  # one register of 255
+        assert spilled <= (2 if key == ("TQ1_0", "swiglu") and target != 90 else 0), (key, found)  # one register of 255
         assert found["registers"] <= REGISTERS, (key, found)
 
 
@@ -157,6 +172,8 @@ def test_the_encoder_works_on_the_device_it_is_told(monkeypatch, tmp_path):
         return np.zeros((len(x), fmt.row_bytes(x.shape[1])), np.uint8)
 
     monkeypatch.setattr(ggml, "_encode_there", elsewhere)
+    real = ggml.require_device
+    monkeypatch.setattr(ggml, "require_device", lambda device: None if device == "meta" else real(device))
     encoder, x = ggml.GgmlEncoder(), np.ones((2, 256), np.float32)
     before = encoder.encode(x, None, get_format("Q4_K"))
     with ggml.encoding_on("meta"):
@@ -165,9 +182,9 @@ def test_the_encoder_works_on_the_device_it_is_told(monkeypatch, tmp_path):
         with pytest.raises(FormatError, match="nan"):
             encoder.encode(x * np.nan, None, get_format("Q4_K"))
     assert seen == [("Q4_K", True)] and np.array_equal(encoder.encode(x, None, get_format("Q4_K")), before)
-    with pytest.raises(FormatError, match="cannot encode on cuda:9"), ggml.encoding_on("cuda:9"):
+    with pytest.raises(FormatError, match="cannot work on cuda:9"), ggml.encoding_on("cuda:9"):
         pass
     done = CliRunner().invoke(
         main, ["quantize", str(tiny.DENSE), "Q4_K_M", "--device", "cuda:9", "-o", str(tmp_path / "q.gguf"), "--no-imatrix"]
     )
-    assert done.exit_code == 1 and "cannot encode on cuda:9" in done.stderr and not list(tmp_path.iterdir())
+    assert done.exit_code == 1 and "cannot work on cuda:9" in done.stderr and not list(tmp_path.iterdir())

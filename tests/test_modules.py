@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import OrderedDict
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from torch import nn
 
 import quantkit
 from quantkit.checkpoint import open_checkpoint
@@ -18,7 +20,7 @@ from quantkit.errors import CheckpointError, FormatError, PlanError
 from quantkit.formats import get_format
 from quantkit.kernels import repack
 from quantkit.modeling.modules import Packed, QuantEmbedding, QuantExperts, QuantLinear
-from quantkit.modeling.packed import packed_model
+from quantkit.modeling.packed import is_experts, packed_model
 from quantkit.modeling.skeleton import materialized_model
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
@@ -124,6 +126,20 @@ def test_experts_of_which_some_are_not_quantized(tiny_folder, tmp_path):
     assert not torch.allclose(logits(model), theirs, atol=1e-2)
 
 
+def test_only_experts_of_a_known_shape_are_packed():
+    """Fused linear maps, transposed experts and experts with biases are left alone."""
+    module = nn.Module()
+    module.gate_up_proj, module.down_proj = nn.Parameter(torch.zeros(4, 64, 32)), nn.Parameter(torch.zeros(4, 32, 32))
+    assert is_experts(module)
+    module.is_transposed = True
+    assert not is_experts(module)
+    fused = nn.Module()
+    fused.gate_up_proj, fused.down_proj = nn.Linear(32, 64), nn.Linear(32, 32)
+    assert not is_experts(fused)
+    module.is_transposed, module.gate_up_proj_bias = False, nn.Parameter(torch.zeros(4, 64))
+    assert not is_experts(module)
+
+
 def test_plain_models_are_ordinary_ones():
     model = quantkit.load(tiny.DENSE)
     assert not any(isinstance(module, Packed) for module in model.modules())
@@ -158,6 +174,12 @@ def test_repacked_models_compute_the_same_with_a_tied_head_too(gguf, name):
     assert all(module.packing("weight") == "Q4_0:planes" for module in packed) and torch.equal(logits(model), before)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "qwen2")
     assert all(torch.equal(value, bytes_before[key]) for key, value in model.state_dict().items())
+    kept = model.state_dict()
+    assert (kept["lm_head.weight"].data_ptr() == kept["model.embed_tokens.weight"].data_ptr()) == (name == "qwen2")
+    copied = copy.deepcopy(model)
+    assert torch.equal(logits(copied), before) and torch.equal(logits(copied.to(torch.float32)), before)
+    model.lm_head.float()  # puts the bytes back, also those that the embedding shares
+    assert torch.equal(logits(model), before)
     model.load_state_dict(bytes_before)
     assert torch.equal(logits(model), before)
     for module in packed:

@@ -92,6 +92,32 @@ def test_low_rank_additions_must_fit():
             ops.linear(x, rows, "Q4_K", low, up)
 
 
+def test_shapes_and_autocast_are_those_of_torchs_products():
+    """More axes, no tokens, and half precision where autocast is on, low-rank addition included."""
+    rows, up = packed("Q4_K", 13, 2), packed("Q4_0", 13, 16)
+    x = torch.randn(2, 3, 512)
+    assert ops.swiglu(x, rows, up, "Q4_K", "Q4_0").shape == (2, 3, 13)
+    assert torch.equal(
+        ops.swiglu(x, rows, up, "Q4_K", "Q4_0").reshape(6, 13), ops.swiglu(x.reshape(6, 512), rows, up, "Q4_K", "Q4_0")
+    )
+    nothing = torch.zeros(0, 4, requires_grad=True)
+    factor = torch.randn(13, 4, requires_grad=True)
+    out = ops.linear(torch.zeros(0, 512, requires_grad=True), rows, "Q4_K", nothing, factor)
+    out.sum().backward()
+    assert out.shape == (0, 13) and not factor.grad.any()
+    down = torch.randn(4, 512) / 16
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ops.linear(x, rows, "Q4_K", x @ down.T, factor)
+    expected = ops.linear(x, rows, "Q4_K", x @ down.T, factor)
+    assert found.dtype == torch.bfloat16 and torch.allclose(
+        found.float(), expected, rtol=0.02, atol=0.02 * float(expected.detach().abs().max())
+    )
+    for bad in (lambda: ops.linear(x, packed("Q4_K", 3, 13, 2), "Q4_K"), lambda: ops.grouped(x[0], rows, "Q4_K", ENDS),
+                lambda: ops.grouped(torch.randn(7, 512), packed("Q4_K", 3, 13, 2), "Q4_K", ENDS.float())):  # fmt: skip
+        with pytest.raises(FormatError, match="do not fit"):
+            bad()
+
+
 def test_repacked_bytes_give_the_same():
     rows, x = packed("Q6_K", 13, 2), torch.randn(3, 512)
     moved = repack.pack(rows, get_format("Q6_K"))

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from quantkit.encoders.base import Encoder, check_finite, check_importance
 from quantkit.errors import CalibrationError, FormatError
 from quantkit.formats import Format
+from quantkit.kernels.devices import require_device
 from quantkit.kernels.encode import ENCODERS as GPU_ENCODERS
 from quantkit.threads import map_rows
 
@@ -68,17 +69,6 @@ def _refuse_overflow(x: npt.NDArray[np.float32], fmt: type[Format], name: str) -
         f"{name} has weights up to {np.abs(x).max():.3g}, too large for {fmt.name}'s half precision",
         hint="the checkpoint is unusual or damaged; --plan uniform:BF16 keeps such weights",
     )
-
-
-def require_device(device: str) -> None:
-    """Raise FormatError if torch cannot use a device."""
-    import torch
-
-    if device != "cpu":
-        try:
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise FormatError(f"cannot encode on {device} ({str(error).splitlines()[0]})", hint="leave out --device") from None
 
 
 @contextlib.contextmanager

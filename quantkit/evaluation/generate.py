@@ -111,9 +111,9 @@ def _torch(
         arguments = tuned_arguments(checkpoint.identity, device)
         step = torch.compile(model.forward, **arguments) if arguments is not None else model.forward
     given = torch.tensor([ids], device=device)
-    for _ in range(count):
+    for number in range(count):
         with torch.inference_mode(), fast_float32():
-            out = step(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = (step if number else model.forward)(input_ids=given, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = choose(out.logits[0, -1].float().cpu(), sampling, chance)
         if token in ends:
             return

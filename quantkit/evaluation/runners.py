@@ -130,7 +130,7 @@ class RunnerPool:
     def _bytes(self, checkpoint: Checkpoint) -> int:
         """What a loaded model takes at most."""
         plain = all(info.dtype in checkpoint.plain_types for info in checkpoint.tensors.values())
-        packed = self._device != "cpu" and not plain
+        packed = self._device != "cpu" and isinstance(checkpoint, GgufCheckpoint) and not plain
         return sum(path.stat().st_size for path in checkpoint.weight_files) if packed else 4 * checkpoint.n_weights
 
     def _start(self, checkpoint: Checkpoint) -> Runner:

@@ -26,7 +26,6 @@ class Decoder:
     shape: (runs, length) of every piece, None if they differ. sizes: weights in each piece.
     """
 
-    format: type[Format]
     decode: Any
     where: Any
     place: Any
@@ -58,7 +57,7 @@ def decoder(fmt: type[Format], planes: bool = False) -> Decoder:
     exec(compile(source, name, "exec"), space)
     shapes = [piece.elements.shape for piece in pieces_of(fmt)]
     return Decoder(
-        fmt, space["decode"], space["where"], space["place"], len(shapes), shapes[0] if len(set(shapes)) == 1 else None,
+        space["decode"], space["where"], space["place"], len(shapes), shapes[0] if len(set(shapes)) == 1 else None,
         tuple(runs * length for runs, length in shapes),
     )  # fmt: skip
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from quantkit.errors import FormatError
 from quantkit.kernels import host
-from quantkit.kernels.packed import Packing, check, file_bytes, on_host
+from quantkit.kernels.devices import launch, on_host
+from quantkit.kernels.packed import Packing, check, file_bytes
 from quantkit.kernels.settings import settings_of
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def _launch(data: torch.Tensor, packing: Packing, ids: torch.Tensor | None, dtyp
     out = torch.empty(count * elements, dtype=dtype, device=data.device)
     together = max(1, settings_of(data).decoded // packing.decoder().largest)
     if count:
-        program[(-(-count // together),)](
-            out=out, ids=data if ids is None else ids, count=count, total=data.numel() // packing.format.block_bytes(),
+        launch(
+            program, (-(-count // together),), data, out=out, ids=data if ids is None else ids, count=count, total=data.numel() // packing.format.block_bytes(),
             WHERE=packing.decoder().where, GATHER=ids is not None, TOGETHER=together, **given,
             enable_fp_fusion=False,  # else not the bits of Format.decode
         )  # fmt: skip

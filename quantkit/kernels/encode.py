@@ -17,6 +17,7 @@ from quantkit.formats import Format
 from quantkit.formats.grids import table
 from quantkit.formats.layout import Integers
 from quantkit.formats.layout import Table as Values
+from quantkit.kernels.devices import launch
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def pack(parts: dict[str, Tensor], fmt: type[Format]) -> Tensor:
         held = fmt.integers().get(name)
         if isinstance(held, Integers):
             places = torch.from_numpy(held.positions(fmt.layout)).to(device)
-            width = torch.arange(held.width, device=device)
+            width = torch.arange(held.width, dtype=torch.int32, device=device)
             bits[:, places.reshape(-1)] = ((values.int()[:, :, None] >> width) & 1).to(torch.uint8).reshape(blocks, -1)
     powers = 1 << torch.arange(8, dtype=torch.uint8, device=device)
     out = (bits.reshape(blocks, -1, 8) * powers).sum(-1, dtype=torch.uint8)
@@ -92,6 +93,20 @@ def _nearest(value: Tensor) -> Tensor:
     return ((value + ROUND).view(torch.int32) & 0x007FFFFF) - 0x00400000
 
 
+def _over(value: Tensor, number: float) -> Tensor:
+    """value / number, rounded as IEEE says. torch multiplies by the reciprocal where one side is a number of Python."""
+    import torch
+
+    return value / torch.full_like(value, number)
+
+
+def _under(number: float, value: Tensor) -> Tensor:
+    """number / value, see ``_over``."""
+    import torch
+
+    return torch.full_like(value, number) / value
+
+
 def _root(value: Tensor) -> Tensor:
     """The square root, rounded correctly; torch's own in float32 is a little off on some CPUs."""
     return value.double().sqrt().float()
@@ -107,8 +122,8 @@ def _first_peak(values: Tensor) -> Tensor:
 # -- searches -------------------------------------------------------------------------------------
 
 
-def _launch(program: Any, count: int, **arguments: Any) -> None:
-    program[(-(-count // LANES),)](**arguments, count=count, LANES=LANES, enable_fp_fusion=False)
+def _run(program: Any, count: int, **arguments: Any) -> None:
+    launch(program, (-(-count // LANES),), arguments["x"], **arguments, count=count, LANES=LANES, enable_fp_fusion=False)
 
 
 def _sums(groups: Tensor, squared: bool) -> Tensor:
@@ -116,12 +131,12 @@ def _sums(groups: Tensor, squared: bool) -> Tensor:
     from quantkit.kernels.programs_encode import ordered_sum
 
     out = groups.new_empty(len(groups))
-    _launch(ordered_sum, len(groups), x=groups.contiguous(), out=out, n=groups.shape[1], SQUARED=squared)
+    _run(ordered_sum, len(groups), x=groups.contiguous(), out=out, n=groups.shape[1], SQUARED=squared)
     return out
 
 
 def _mean_square(groups: Tensor) -> Tensor:
-    return _sums(groups, squared=True) / groups.shape[1]
+    return _over(_sums(groups, squared=True), groups.shape[1])
 
 
 def _affine(groups: Tensor, weights: Tensor, top: int, rmin: float, rdelta: float, steps: int, mean_abs: bool = False) -> Any:
@@ -130,7 +145,7 @@ def _affine(groups: Tensor, weights: Tensor, top: int, rmin: float, rdelta: floa
 
     scale, minimum, inverse, offset = (groups.new_empty(len(groups)) for _ in range(4))
     grids = _table(tuple(F32(rmin) + F32(rdelta) * F32(step) + F32(top) for step in range(steps + 1)), groups.device)
-    _launch(
+    _run(
         affine_fit, len(groups), x=groups.contiguous(), weight=weights.contiguous(), grids=grids, scale=scale, minimum=minimum,
         inverse=inverse, offset=offset, n=groups.shape[1], steps=steps + 1, top=float(top), MEAN_ABS=mean_abs,
     )  # fmt: skip
@@ -144,7 +159,7 @@ def _symmetric(groups: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tenso
     scale, inverse = groups.new_empty(len(groups)), groups.new_empty(len(groups))
     steps = [*range(-9, 0), *range(1, 10)]
     numerators = _table((-F32(top), *(-(F32(top) + F32(0.1) * F32(step)) for step in steps)), groups.device)
-    _launch(
+    _run(
         symmetric_fit, len(groups), x=groups.contiguous(), weight=weights.contiguous(), numerators=numerators, scale=scale,
         inverse=inverse, n=groups.shape[1], steps=len(numerators), top=float(top),
     )  # fmt: skip
@@ -161,7 +176,7 @@ def _positive(groups: Tensor, weights: Tensor, top: int) -> tuple[Tensor, Tensor
     scale, codes = groups.new_empty(len(groups)), torch.empty(groups.shape, dtype=torch.int32, device=groups.device)
     steps = [*range(-4, 0), *range(1, 5)]
     numerators = _table((F32(top), *(F32(0.1) * F32(step) + F32(top) for step in steps)), groups.device)
-    _launch(
+    _run(
         positive_fit, len(groups), x=groups.contiguous(), weight=weights.contiguous(), numerators=numerators, scale=scale,
         codes=codes, n=groups.shape[1], steps=len(numerators), TOP=top,
     )  # fmt: skip
@@ -174,8 +189,8 @@ def _plain(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
     largest = values.amax(1, keepdim=True)
     largest = torch.where(largest > 0, largest, 0.0)  # and not -0
-    inverse = torch.where(largest > 0, top / largest, 0.0)
-    return (largest / top)[:, 0], _nearest(inverse * values).clamp(max=top)
+    inverse = torch.where(largest > 0, _under(top, largest), 0.0)
+    return _over(largest, top)[:, 0], _nearest(inverse * values).clamp(max=top)
 
 
 @cache
@@ -246,12 +261,12 @@ def _q3_k(x: Tensor, importance: Tensor | None) -> Parts:
         from quantkit.kernels.programs_encode import descent_fit
 
         scale, codes = groups.new_empty(len(groups)), torch.empty(groups.shape, dtype=torch.int32, device=x.device)
-        _launch(descent_fit, len(groups), x=groups.contiguous(), scale=scale, codes=codes, n=16)
+        _run(descent_fit, len(groups), x=groups.contiguous(), scale=scale, codes=codes, n=16)
         of_block = scale.reshape(-1, 16)
         peak = _first_peak(of_block)
-        inverse = -32 / peak
+        inverse = _under(-32, peak)
         scales = torch.where(peak != 0, _nearest(inverse * of_block).clamp(-32, 31) + 32, 0)
-        d = torch.where(peak != 0, 1 / inverse, 0.0)[:, 0].half()
+        d = torch.where(peak != 0, _under(1, inverse), 0.0)[:, 0].half()
     step = (d.float()[:, None] * (scales - 32).float()).reshape(-1, 1)
     again = _nearest(groups / step).clamp(-4, 3) + 4
     return {"d": d, "scales": scales, "codes": torch.where(step != 0, again, codes).reshape(-1, 256)}
@@ -265,8 +280,8 @@ def _q6_k(x: Tensor, importance: Tensor | None) -> Parts:
     of_block = scale.reshape(-1, 16)
     peak = _first_peak(of_block)
     dead = peak.abs() < TINY
-    inverse = -128 / peak
-    d = torch.where(dead, 0.0, 1 / inverse)[:, 0].half()
+    inverse = _under(-128, peak)
+    d = torch.where(dead, 0.0, _under(1, inverse))[:, 0].half()
     scales = _nearest(inverse * of_block).clamp(max=127).masked_fill(dead, 0)
     step = (d.float()[:, None] * scales.float()).reshape(-1, 1)
     again = _nearest(groups / step).clamp(-32, 31) + 32
@@ -278,8 +293,8 @@ def _q8_0(x: Tensor, importance: Tensor | None) -> Parts:
     import torch
 
     groups = x.reshape(-1, 32)
-    d = groups.abs().amax(1, keepdim=True) / 127
-    scaled = groups * torch.where(d != 0, 1 / d, 0.0)
+    d = _over(groups.abs().amax(1, keepdim=True), 127)
+    scaled = groups * torch.where(d != 0, _under(1, d), 0.0)
     whole = scaled.abs().floor()
     whole = torch.where(scaled.abs() - whole >= 0.5, whole + 1, whole)
     return {"d": d[:, 0].half(), "codes": torch.where(scaled >= 0, whole, -whole).int()}
@@ -332,7 +347,7 @@ def _ue4m3(value: Tensor) -> Tensor:
 
 def _nvfp4(x: Tensor, importance: Tensor | None) -> Parts:
     groups = x.reshape(-1, 16)
-    codes = _ue4m3(groups.abs().amax(1, keepdim=True) / 6)
+    codes = _ue4m3(_over(groups.abs().amax(1, keepdim=True), 6))
     scale = _table(tuple(table("ue4m3_half")), x.device)[codes.long()]
     return {"scales": codes.reshape(-1, 4), "codes": _fp4_codes(groups, scale, _values("NVFP4")).reshape(-1, 64)}
 

@@ -78,24 +78,30 @@ _swiglu_op = _operator(
 )  # fmt: skip
 
 
+def _cast(x: Tensor) -> Tensor:
+    """Inputs in autocast's type where it is on, as torch's own products take them."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 def linear(x: Tensor, weight: Tensor, packing: str, low: Tensor | None = None, up: Tensor | None = None) -> Tensor:
     """x · Wᵀ [+ low · upᵀ]: see product.matmul. Gradients for x, low and up."""
-    return _linear_op(x, weight, packing, low, up)
+    return _linear_op(_cast(x), weight, packing, None if low is None else _cast(low), None if up is None else _cast(up))
 
 
 def linear_transposed(x: Tensor, weight: Tensor, packing: str) -> Tensor:
     """x · W: see product.matmul_transposed. A gradient for x."""
-    return _linear_transposed_op(x, weight, packing)
+    return _linear_transposed_op(_cast(x), weight, packing)
 
 
 def grouped(x: Tensor, weight: Tensor, packing: str, ends: Tensor, transposed: bool = False) -> Tensor:
     """Every token, sorted by expert, times the matrix of its expert: see product.grouped. A gradient for x."""
-    return _grouped_op(x, weight, packing, ends, transposed)
+    return _grouped_op(_cast(x), weight, packing, ends, transposed)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, packing_gate: str, packing_up: str, ends: Tensor | None = None) -> Tensor:
     """silu(x · gateᵀ) ∘ (x · upᵀ): see product.swiglu. A gradient for x, for which both products are made again."""
-    return _swiglu_op(x, gate, up, packing_gate, packing_up, ends)
+    return _swiglu_op(_cast(x), gate, up, packing_gate, packing_up, ends)
 
 
 # -- gradients ------------------------------------------------------------------------------------
@@ -112,8 +118,9 @@ def _linear_backward(ctx, grad):
     if up is None:
         return back, None, None, None, None
     flat = grad.reshape(-1, grad.shape[-1])
-    grad_up = flat.T @ low.reshape(len(flat), -1) if ctx.needs_input_grad[4] else None
-    return back, None, None, grad @ up, grad_up
+    grad_low = grad @ up if ctx.needs_input_grad[3] else None
+    grad_up = flat.T @ low.reshape(-1, low.shape[-1]) if ctx.needs_input_grad[4] else None
+    return back, None, None, grad_low, grad_up
 
 
 def _keep_transposed(ctx, inputs, output):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -70,16 +69,16 @@ def check(data: torch.Tensor, packing: Packing, dtype: torch.dtype) -> None:
         raise FormatError(f"{fmt.name} is not decoded to {dtype}", hint="float32, bfloat16 and float16 can be had")
 
 
-def check_product(x: torch.Tensor, data: torch.Tensor, packing: Packing, transposed: bool = False) -> None:
-    """Raise FormatError if inputs and packed rows (of one matrix, or of several) do not fit each other."""
+def check_product(x: torch.Tensor, data: torch.Tensor, packing: Packing, transposed: bool = False, axes: int = 2) -> None:
+    """Raise FormatError if inputs and packed rows do not fit each other. axes: 2 for one matrix, 3 for experts."""
     check(data, packing, x.dtype)
     rows, columns = data.shape[-2] if data.ndim > 1 else 0, packing.columns(data)
     wanted = rows if transposed else columns
-    if data.ndim not in (2, 3) or not x.ndim or x.shape[-1] != wanted:
+    if data.ndim != axes or not x.ndim or x.shape[-1] != wanted:
         raise FormatError(
             f"inputs of shape {tuple(x.shape)} do not fit {'the transpose of ' if transposed else ''}rows of {columns} weights "
             f"in {packing.format.name}, {tuple(data.shape)} bytes",
-            hint=f"the last axis of x must be {wanted}",
+            hint=f"the last axis of x must be {wanted}, the weights must have {axes} axes",
         )
     if x.device != data.device:
         raise FormatError(f"inputs are on {x.device}, packed weights on {data.device}", hint="move one of them")
@@ -96,16 +95,6 @@ def check_low_rank(x: torch.Tensor, data: torch.Tensor, low: torch.Tensor | None
             f"a low-rank addition of {shapes} does not fit inputs {tuple(x.shape)} and {len(data)} rows in {x.dtype}",
             hint="low is (..., rank), up (rows, rank), both of the inputs' type and device",
         )
-
-
-def interpreted() -> bool:
-    """Whether Triton's programs run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def on_host(data: torch.Tensor) -> bool:
-    """Whether the CPU's own path computes."""
-    return data.device.type == "cpu" and not interpreted()
 
 
 def file_bytes(data: torch.Tensor, packing: Packing) -> torch.Tensor:

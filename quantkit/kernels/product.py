@@ -13,7 +13,8 @@ from quantkit.errors import FormatError
 from quantkit.formats.layout import Integers, Linear
 from quantkit.kernels import host
 from quantkit.kernels.dequantize import embedding
-from quantkit.kernels.packed import Packing, check_low_rank, check_product, file_bytes, on_host
+from quantkit.kernels.devices import is_roomy, launch, multiplies_tiles, on_host
+from quantkit.kernels.packed import Packing, check_low_rank, check_product, file_bytes
 from quantkit.kernels.settings import settings_of
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ def matmul(
     check_product(x, data, packing)
     check_low_rank(x, data, low, up)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    thin = low.reshape(len(flat), -1).contiguous() if low is not None else None
+    thin = low.reshape(-1, low.shape[-1]).contiguous() if low is not None else None
     if on_host(data):
         out = host.matmul(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
     elif 0 < len(flat) <= settings_of(data).few:
         out = _matvec(flat, data, packing)
-    elif len(flat) <= settings_of(data).some and multiplies_tiles(data):
+    elif len(flat) <= settings_of(data).some and multiplies_tiles(x):
         return _tiles(flat, data, packing, None, thin, up).reshape(*x.shape[:-1], len(data))
     else:
         out = _panels(flat, data, packing, transposed=False)
@@ -54,7 +55,7 @@ def matmul_transposed(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if on_host(data):
         out = host.matmul_transposed(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
-    elif len(flat) <= settings_of(data).some and multiplies_tiles(data):
+    elif len(flat) <= settings_of(data).some and multiplies_tiles(x):
         out = _transposed_tiles(flat, data, packing, None)
     else:
         out = _panels(flat, data, packing, transposed=True)
@@ -64,12 +65,13 @@ def matmul_transposed(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> 
 def grouped(x: torch.Tensor, data: torch.Tensor, packing: Packing, ends: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     """Every token times the matrix of its expert: (tokens, columns), sorted by expert → (tokens, rows); transposed: the reverse.
 
-    data: uint8 (experts, rows, bytes). ends: int32 (experts,), where the tokens of each expert end. Raises FormatError.
+    data: uint8 (experts, rows, bytes). ends: int32 (experts,), where the tokens of each expert end; the last one is the
+    number of tokens. Raises FormatError.
     """
-    check_product(x, data, packing, transposed)
+    check_product(x, data, packing, transposed, axes=3)
     _check_ends(x, data, ends)
     x = x.contiguous()
-    if not on_host(data) and multiplies_tiles(data):
+    if not on_host(data) and multiplies_tiles(x):
         return _transposed_tiles(x, data, packing, ends) if transposed else _tiles(x, data, packing, ends)
     out, first = x.new_empty(len(x), packing.columns(data) if transposed else data.shape[1]), 0
     raw = file_bytes(data, packing) if on_host(data) else data
@@ -95,50 +97,34 @@ def _one_expert(x: torch.Tensor, data: torch.Tensor, expert: int, packing: Packi
 def swiglu(
     x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, packings: tuple[Packing, Packing], ends: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """silu(x · gateᵀ) ∘ (x · upᵀ): (tokens, columns) → (tokens, rows); of experts with ``ends``, see ``grouped``."""
+    """silu(x · gateᵀ) ∘ (x · upᵀ): (..., columns) → (..., rows); of experts with ``ends``, see ``grouped``."""
     for data, packing in zip((gate, up), packings, strict=True):
-        check_product(x, data, packing)
+        check_product(x, data, packing, axes=2 if ends is None else 3)
         if ends is not None:
             _check_ends(x, data, ends)
     if gate.shape[:-1] != up.shape[:-1]:
         raise FormatError(f"gate and up have {gate.shape[-2]} and {up.shape[-2]} rows", hint="they must be of one layer")
-    x = x.contiguous()
-    sizes = settings_of(gate)
-    if on_host(gate) or not multiplies_tiles(gate) or (ends is None and not sizes.few < len(x) <= sizes.some):
+    shape, x, sizes = x.shape, x.reshape(-1, x.shape[-1]).contiguous(), settings_of(gate)
+    if on_host(gate) or not multiplies_tiles(x) or (ends is None and not sizes.few < len(x) <= sizes.some):
         import torch
 
         both = [
             matmul(x, data, packing) if ends is None else grouped(x, data, packing, ends)
             for data, packing in zip((gate, up), packings, strict=True)
         ]
-        return torch.nn.functional.silu(both[0]) * both[1]
-    return _swiglu_tiles(x, gate, up, packings, ends)
+        return (torch.nn.functional.silu(both[0]) * both[1]).reshape(*shape[:-1], gate.shape[-2])
+    return _swiglu_tiles(x, gate, up, packings, ends).reshape(*shape[:-1], gate.shape[-2])
 
 
 def _check_ends(x: torch.Tensor, data: torch.Tensor, ends: torch.Tensor) -> None:
-    if data.ndim != 3 or x.ndim != 2 or ends.shape != (len(data),) or ends.device != x.device:
-        raise FormatError(
-            f"inputs {tuple(x.shape)} with ends {tuple(ends.shape)} on {ends.device} do not fit experts {tuple(data.shape)}",
-            hint="give (tokens, columns), (experts, rows, bytes) and one end for each expert, on one device",
-        )
-
-
-def capability(data: torch.Tensor) -> int:
-    """A GPU's compute capability, 90 for 9.0; of Triton's interpreter, the newest that this knows."""
     import torch
 
-    if data.device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(data.device)
-    return 10 * major + minor
-
-
-def multiplies_tiles(data: torch.Tensor) -> bool:
-    """Whether Triton multiplies tiles on tensor cores there: from compute capability 8.0 on.
-
-    Older GPUs decode and leave products to torch; only few tokens are multiplied straight from the packed bytes.
-    """
-    return capability(data) >= 80
+    whole = ends.dtype in (torch.int32, torch.int64)
+    if not whole or x.ndim != 2 or ends.shape != (len(data),) or ends.device != x.device:
+        raise FormatError(
+            f"inputs {tuple(x.shape)} with ends {tuple(ends.shape)} ({ends.dtype}) on {ends.device} do not fit experts {tuple(data.shape)}",
+            hint="give (tokens, columns), (experts, rows, bytes) and one end for each expert in integers, on one device",
+        )
 
 
 # -- Triton ---------------------------------------------------------------------------------------
@@ -156,8 +142,8 @@ def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tens
 
     made, sizes = packing.decoder(), settings_of(data)
     out = x.new_empty(len(x), len(data))
-    matvec[(-(-len(data) // sizes.row_outputs), len(x))](
-        x=x, out=out, rows=len(data), total=_blocks(data, packing), WHERE=made.where, SHAPE=made.shape,
+    launch(
+        matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data), total=_blocks(data, packing), WHERE=made.where, SHAPE=made.shape,
         ROWS=sizes.row_outputs, TOGETHER=max(1, sizes.row_weights // packing.format.elements), enable_fp_fusion=True, **given,
     )  # fmt: skip
     return out
@@ -173,23 +159,24 @@ def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[st
     return {f"{name}{suffix}": value for name, value in found.items()}
 
 
-def _launch(data: torch.Tensor) -> dict[str, Any]:
-    """Options of programs that make tiles. Below 9.0 the compiler would rather spill registers than use them all."""
-    older = {"maxnreg": 255, "num_stages": 2} if capability(data) < 90 else {}
-    return {"num_warps": settings_of(data).warps, "enable_fp_fusion": True, **older}
+def _options(data: torch.Tensor) -> dict[str, Any]:
+    """Options of programs that make tiles. On smaller GPUs the compiler would rather spill registers than use them all."""
+    small = {} if is_roomy(data) else {"maxnreg": 255, "num_stages": 2}
+    return {"num_warps": settings_of(data).warps, "enable_fp_fusion": True, **small}
 
 
 def _height(data: torch.Tensor, *packings: Packing) -> int:
-    """Rows of a tile: fewer where values come from tables or code books, or the GPU is older: registers do not suffice."""
+    """Rows of a tile: fewer where values come from tables or code books, or the GPU is small: registers do not suffice."""
     easy = all(isinstance(p.format.values, Linear) and isinstance(p.format.codes, Integers) for p in packings)
-    return settings_of(data).rows if easy and capability(data) >= 90 else settings_of(data).narrow
+    return settings_of(data).rows if easy and is_roomy(data) else settings_of(data).narrow
 
 
-def _grid(tokens: int, ends: torch.Tensor | None) -> tuple[int, int]:
-    """(tokens of a tile, tiles): few tokens an expert where there are many experts."""
-    each = tokens if ends is None else -(-tokens // len(ends))
-    tile = next((size for size in (16, 32, 64) if each <= size), 64)
-    return tile, -(-tokens // tile) + (0 if ends is None else len(ends))
+def _grid(x: torch.Tensor, ends: torch.Tensor | None) -> tuple[int, int]:
+    """(tokens of a tile, tiles): few tokens an expert where there are many experts, and not many at once on a small GPU."""
+    most = 64 if is_roomy(x) else 32
+    each = len(x) if ends is None else -(-len(x) // len(ends))
+    tile = next((size for size in (16, 32) if each <= size), most)
+    return tile, -(-len(x) // tile) + (0 if ends is None else len(ends))
 
 
 def _slots(tokens: int, ends: torch.Tensor, tile: int, count: int) -> torch.Tensor:
@@ -213,14 +200,14 @@ def _tiles(
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matmul as program
 
-    rows, height, (tile, count) = data.shape[-2], _height(data, packing), _grid(len(x), ends)
+    rows, height, (tile, count) = data.shape[-2], _height(data, packing), _grid(x, ends)
     out = x.new_empty(len(x), rows)
     rank = 0 if low is None else low.shape[1]
     if len(x):
-        program[(-(-rows // height), count)](
-            x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
+        launch(
+            program, (-(-rows // height), count), x, x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
             low=x if low is None else low, up=x if up is None else up.contiguous(), rows=rows, tokens=len(x), rank=rank,
-            GROUPED=ends is not None, RANK=rank and max(16, 1 << (rank - 1).bit_length()), ROWS=height, TOKENS=tile, **_launch(data),
+            GROUPED=ends is not None, RANK=rank and max(16, 1 << (rank - 1).bit_length()), ROWS=height, TOKENS=tile, **_options(data),
             **given, **_geometry(packing, data),
         )  # fmt: skip
     return out
@@ -233,12 +220,12 @@ def _swiglu_tiles(
     given = {**packings[0].arguments(gate, "_gate"), **packings[1].arguments(up, "_up")}
     from quantkit.kernels.programs_product import swiglu as program
 
-    rows, height, (tile, count) = gate.shape[-2], _height(gate, *packings), _grid(len(x), ends)
+    rows, height, (tile, count) = gate.shape[-2], _height(gate, *packings), _grid(x, ends)
     out = x.new_empty(len(x), rows)
     if len(x):
-        program[(-(-rows // height), count)](
-            x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
-            rows=rows, tokens=len(x), GROUPED=ends is not None, ROWS=height, TOKENS=tile, **_launch(gate),
+        launch(
+            program, (-(-rows // height), count), x, x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
+            rows=rows, tokens=len(x), GROUPED=ends is not None, ROWS=height, TOKENS=tile, **_options(gate),
             **given, **_geometry(packings[0], gate, "_gate"), **_geometry(packings[1], up, "_up"),
         )  # fmt: skip
     return out
@@ -250,13 +237,13 @@ def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, end
     from quantkit.kernels.programs_product import matmul_transposed as program
 
     pieces = given.pop("PIECES")
-    shape, (tile, count) = _geometry(packing, data), _grid(len(x), ends)
+    shape, (tile, count) = _geometry(packing, data), _grid(x, ends)
     out = x.new_empty(len(x), packing.columns(data))
     for piece in range(pieces if len(x) else 0):
-        program[(-(-given["blocks"] // shape["TOGETHER"]), count)](
-            x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
+        launch(
+            program, (-(-given["blocks"] // shape["TOGETHER"]), count), x, x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
             rows=data.shape[-2], tokens=len(x), PIECE=piece, GROUPED=ends is not None, ROWS=_height(data, packing), TOKENS=tile,
-            **_launch(data), **given, **shape,
+            **_options(data), **given, **shape,
         )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ def dequantize(
     raw, out, ids, count, blocks, total, book, scales, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
     ELEMENTS: tl.constexpr, GATHER: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """TOGETHER whole blocks a program, of all rows or (GATHER) of the rows in ``ids``.
+    """TOGETHER whole blocks a program, of all rows or (GATHER) of the rows in ``ids``; rows that are not there are zeros.
 
     raw: uint8, ``total`` blocks in rows of ``blocks``; out: (count · ELEMENTS,), ``count`` blocks.
     """
@@ -19,7 +19,11 @@ def dequantize(
     live = to < count
     block = to
     if GATHER:
-        block = tl.load(ids + to // blocks, mask=live, other=0).to(tl.int64) * blocks + to % blocks
+        row = tl.load(ids + to // blocks, mask=live, other=-1).to(tl.int64)
+        block = row * blocks + to % blocks
+        inside = live & (row >= 0) & (block < total)
+    else:
+        inside = live
     for piece in tl.static_range(PIECES):
-        weight = DECODE(raw, block, tl.cast(total, tl.int64), live, book, scales, piece)
+        weight = tl.where(inside, DECODE(raw, block, tl.cast(total, tl.int64), inside, book, scales, piece), 0.0)
         tl.store(out + to * ELEMENTS + WHERE(piece), weight.to(out.dtype.element_ty), mask=live)

@@ -6,6 +6,7 @@ another order (kernels/repack.py); a state dict always has the file's.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from quantkit.errors import FormatError
 from quantkit.formats import get_format
 from quantkit.kernels import ops, repack
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.decoders import tables
+from quantkit.kernels.packed import PLANES, Packing
 
-MOVED = "quantkit_planes"  # note at a parameter whose bytes were repacked
+# Notes at a parameter whose bytes were repacked: that they were, and a weak reference to them as in the file.
+MOVED, FILE_BYTES = "quantkit_planes", "quantkit_file_bytes"
 PLAIN = ""  # in place of a format's name: the parameter is not packed
 
 
@@ -30,11 +33,10 @@ class Packed(nn.Module):
             if name != PLAIN and get_format(name).codes is None:
                 raise FormatError(f"{name} has no blocks to keep packed", hint="use torch's own layers")
         self.formats = dict(formats)
-        self._packings = dict(formats)  # as the operators take them; kept here, because the compiler reads them
 
     def packing(self, name: str) -> str:
         """How the bytes of a parameter are to be read, as the operators take it."""
-        return self._packings[name]
+        return self.formats[name] + (PLANES if getattr(self._parameters[name], MOVED, False) else "")
 
     def lay_out(self, planes: Callable[[str, Tensor], bool] | None = None) -> None:
         """Give every parameter the order of bytes that its device reads fastest, or the one that ``planes`` says.
@@ -44,12 +46,14 @@ class Packed(nn.Module):
         for name, data in self._parameters.items():
             if data is None or self.formats.get(name, PLAIN) == PLAIN or data.device.type == "meta":
                 continue
-            fmt, held = get_format(self.formats[name]), getattr(data, MOVED, False)
-            wanted = planes(name, data) if planes else data.device.type == "cuda" and repack.gains(fmt)
-            if wanted != held:
+            fmt, on_gpu = get_format(self.formats[name]), data.device.type == "cuda"
+            wanted = planes(name, data) if planes else on_gpu and repack.gains(fmt)
+            if wanted != getattr(data, MOVED, False):
                 data.data = repack.pack(data.data, fmt) if wanted else repack.unpack(data.data, fmt)
                 setattr(data, MOVED, wanted)
-            self._packings[name] = str(Packing(fmt, wanted))
+                setattr(data, FILE_BYTES, None)
+            if on_gpu:  # now, and not while a CUDA graph is being captured
+                tables(fmt, str(data.device))  # type: ignore[arg-type]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.lay_out(_as_in_the_file)  # a parameter may be made anew, without its note
@@ -61,12 +65,31 @@ class Packed(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, data in self._parameters.items():
             if data is not None and getattr(data, MOVED, False):
-                destination[prefix + name] = repack.unpack(data.data, get_format(self.formats[name]))
+                destination[prefix + name] = _file_bytes(data, self.formats[name])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         self.lay_out(_as_in_the_file)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.lay_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_moved": [name for name, data in self._parameters.items() if getattr(data, MOVED, False)]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        moved = state.pop("_moved", [])  # copies of parameters lose their notes
+        super().__setstate__(state)
+        for name in moved:
+            setattr(self._parameters[name], MOVED, True)
+
+
+def _file_bytes(data: Tensor, fmt: str) -> Tensor:
+    """The bytes of a repacked parameter in the file's order; the same tensor for all modules that share it."""
+    version, kept = getattr(data, FILE_BYTES, None) or (None, lambda: None)
+    found = kept() if version == data._version else None
+    if found is None:
+        found = repack.unpack(data.data, get_format(fmt))
+        setattr(data, FILE_BYTES, (data._version, weakref.ref(found)))
+    return found
 
 
 def _as_in_the_file(name: str, data: Tensor) -> bool:

@@ -51,13 +51,26 @@ def formats_of(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             parts = {f"{name}.weight": _tensor_of(checkpoint, f"{name}.weight")}
-        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj"):
+        elif is_experts(module):
             parts = {f"{name}.{part}": _tensor_of(checkpoint, f"{name}.{part}") for part in EXPERTS}
         else:
             continue
         found = {key: _format(checkpoint, tensor) for key, tensor in parts.items()}
         out.update(found if any(found.values()) else {})
     return out
+
+
+def is_experts(module: Any) -> bool:
+    """Whether a module holds stacked experts as Qwen's: (experts, 2 · width, hidden) and (experts, hidden, width), no bias."""
+    import torch
+
+    both, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not (isinstance(both, torch.nn.Parameter) and isinstance(down, torch.nn.Parameter) and both.ndim == down.ndim == 3):
+        return False
+    transposed = (
+        getattr(module, "is_transposed", False) or getattr(module, "has_bias", False) or hasattr(module, "gate_up_proj_bias")
+    )
+    return not transposed and both.shape[1] == 2 * down.shape[2] and both.shape[2] == down.shape[1]
 
 
 def _tensor_of(checkpoint: Checkpoint, parameter: str) -> str:

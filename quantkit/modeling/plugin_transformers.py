@@ -7,7 +7,6 @@ argument can be left out), and with ``QuantkitConfig(format="Q4_K")`` a model th
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from quantkit.encoders.ggml import encoding_on
 from quantkit.errors import FormatError, PlanError
 from quantkit.formats import get_format
 from quantkit.modeling.modules import Packed, QuantExperts, QuantLinear
-from quantkit.modeling.packed import EXPERTS, fill, formats_of, prepare, put, rope_divisors
+from quantkit.modeling.packed import EXPERTS, fill, formats_of, is_experts, prepare, put, rope_divisors
 from quantkit.modeling.skeleton import model_config
 
 METHOD = "quantkit"
@@ -61,7 +60,7 @@ class QuantkitQuantizer(HfQuantizer):
     quantization_config: QuantkitConfig
     requires_calibration = False
     _file: Checkpoint | None = None
-    _folder: str | None = None
+    _folder: Any = None
 
     def update_dtype(self, dtype: Any) -> Any:
         return dtype if dtype is not None else torch.float32
@@ -73,8 +72,8 @@ class QuantkitQuantizer(HfQuantizer):
                 raise PlanError(f"{checkpoint_files[0]} is a GGUF, whose tensors stay as they are", hint="leave out format=")
             self._file = open_checkpoint(checkpoint_files[0])
             config.formats, config.rope_divisors = formats_of(self._file, model), rope_divisors(self._file)
-            self._folder = tempfile.mkdtemp(prefix="quantkit-")  # transformers reads no weights, fill does
-            checkpoint_files[:] = [str(Path(self._folder, "none.safetensors"))]
+            self._folder = tempfile.TemporaryDirectory(prefix="quantkit-")  # transformers reads no weights, fill does
+            checkpoint_files[:] = [str(Path(self._folder.name, "none.safetensors"))]
             save_file({}, checkpoint_files[0], {"format": "pt"})
             model._keys_to_ignore_on_load_missing = [".*"]
             model.adjust_generation_fn = lambda *args, **kwargs: None  # would look for generation_config.json on the Hub
@@ -91,8 +90,8 @@ class QuantkitQuantizer(HfQuantizer):
         if self._file is not None:
             fill(self._file, model, model.dtype)
             del model._keys_to_ignore_on_load_missing, model.adjust_generation_fn
-            shutil.rmtree(str(self._folder))
-            self._file = None
+            self._folder.cleanup()
+            self._file = self._folder = None
         elif not self.pre_quantized and config.format is not None:
             _quantize(model, config.format, tuple(config.modules_to_not_convert or ("lm_head",)))
             if not (found := _packed_formats(model)):
@@ -141,7 +140,7 @@ def _quantize(model: Any, fmt: str, skipped: tuple[str, ...]) -> None:
             continue
         if isinstance(module, nn.Linear) and module.out_features > 1 and fits(module.in_features):
             put(model, name, QuantLinear(_encoded(module.weight, fmt, name), fmt, module.bias))
-        elif hasattr(module, "gate_up_proj") and hasattr(module, "down_proj") and not isinstance(module, Packed):
+        elif is_experts(module):
             gate, up = module.gate_up_proj.chunk(2, dim=1)
             if fits(gate.shape[-1]) and fits(module.down_proj.shape[-1]):
                 parts = zip(EXPERTS, (gate, up, module.down_proj), strict=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from quantkit.kernels import ops
@@ -30,6 +31,8 @@ class _LogProbabilities(torch.autograd.Function):
     """log softmax(hidden · Wᵀ + b)[targets], (tokens,), and the logarithm of the sum; the gradient makes the logits again."""
 
     @staticmethod
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: str, size: int, chunk: int) -> Any:  # fmt: skip
         total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
         chosen = torch.zeros_like(total)
@@ -44,7 +47,10 @@ class _LogProbabilities(torch.autograd.Function):
         return chosen - total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    @once_differentiable
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         hidden, weight, bias, targets, total = ctx.saved_tensors
         packing, size, chunk = ctx.facts
         back = torch.zeros_like(hidden, dtype=torch.float32)
@@ -54,7 +60,8 @@ class _LogProbabilities(torch.autograd.Function):
             last = min(first + chunk, size)
             share = -(_logits(hidden, weight, bias, packing, first, last) - total[:, None]).exp_()  # −softmax
             inside = (targets >= first) & (targets < last)
-            share[inside, targets[inside] - first] += 1
+            place = (targets - first).clamp(0, last - first - 1)
+            share.scatter_add_(1, place[:, None], inside[:, None].float())
             share *= grad[:, None]
             back += share @ _rows(weight, packing, first, last, torch.float32)
             if to_weight is not None:
@@ -107,19 +114,19 @@ class Offload:
     """Keeps tensors that are saved for the backward pass on the CPU. The copies run beside the computation."""
 
     def __init__(self) -> None:
-        self._stream: Any = None
+        self._streams: dict[torch.device, Any] = {}
 
     def pack(self, tensor: Tensor) -> Any:
         """Start the copy to pinned memory."""
         if tensor.device.type != "cuda" or not tensor.is_floating_point():
             return tensor
-        self._stream = self._stream or torch.cuda.Stream(tensor.device)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(self._stream):
+        stream = self._streams.get(tensor.device) or self._streams.setdefault(tensor.device, torch.cuda.Stream(tensor.device))
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
             kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             kept.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)
-        return kept, tensor.device, self._stream.record_event()
+        tensor.record_stream(stream)
+        return kept, tensor.device, stream.record_event()
 
     def unpack(self, kept: Any) -> Tensor:
         """Bring it back."""
@@ -130,14 +137,16 @@ class Offload:
         return value.to(device, non_blocking=True)
 
 
+_offload = Offload()
+
+
 def offloaded_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """torch's checkpoint (activations are computed again in the backward pass) whose inputs wait on the CPU."""
-    offload = Offload()
 
     def within(*inputs: Any) -> Any:
         return function(*inputs, **kwargs)
 
-    with torch.autograd.graph.saved_tensors_hooks(offload.pack, offload.unpack):
+    with torch.autograd.graph.saved_tensors_hooks(_offload.pack, _offload.unpack):
         return checkpoint(within, *args, use_reentrant=True)
 
 
