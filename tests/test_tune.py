@@ -107,6 +107,11 @@ def test_settings_of_programs_are_kept_only_if_they_help(tmp_path, monkeypatch):
     with pytest.raises(FormatError, match="damaged"):
         settings._kept("B")
     assert settings_of(torch.zeros(1)) == Settings()
-    for arguments, words in (([], "no GPU"), (["--compile"], "needs a MODEL"), (["model"], "with --compile")):
+    for arguments, words in (
+        (["--device", "cpu"], "no programs to tune"),
+        (["--device", "cuda:9"], "cannot work on"),
+        (["--compile"], "needs a MODEL"),
+        (["model"], "with --compile"),
+    ):
         done = CliRunner().invoke(main, ["tune", *arguments])
         assert done.exit_code == 1 and (words in done.stderr or torch.cuda.is_available())

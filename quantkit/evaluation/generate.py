@@ -11,6 +11,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.evaluation.runners import open_llama
 from quantkit.evaluation.tune import tuned_arguments
+from quantkit.kernels.devices import default_dtype
 from quantkit.modeling.packed import packed_model
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
@@ -102,7 +103,7 @@ def _torch(
     import torch
     from transformers import DynamicCache, StaticCache
 
-    model = packed_model(checkpoint, device=device)
+    model = packed_model(checkpoint, default_dtype(device), device)
     chance = torch.Generator().manual_seed(sampling.seed)
     cache: Any = DynamicCache(config=model.config)
     step = model.forward

@@ -14,6 +14,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint.files import write_text
 from quantkit.errors import PlanError
 from quantkit.jit import cache_root
+from quantkit.kernels.devices import default_dtype
 from quantkit.modeling.packed import packed_model
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
@@ -159,7 +160,7 @@ def tune(
     ids = TextEncoder(checkpoint).prompt(prompt)
     if not ids:
         raise PlanError("the prompt is empty", hint="give some text")
-    model = packed_model(checkpoint, device=device)
+    model = packed_model(checkpoint, default_dtype(device), device)
     work = Workload(model, ids, tokens, device)
     reference = work.run(model.forward)[2]
     sensible = [way for way in ways or WAYS if torch.device(device).type == "cuda" or not way.gpu]

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from quantkit.checkpoint.files import write_text
 from quantkit.encoders import get_encoder
 from quantkit.errors import PlanError
-from quantkit.formats import get_format
+from quantkit.formats import formats, get_format
 from quantkit.kernels import repack
+from quantkit.kernels.devices import require_device
 from quantkit.kernels.packed import Packing
 from quantkit.kernels.settings import CANDIDATES, Settings, document, settings_path, using
 from quantkit.progress import Progress
 from quantkit.versions import package_versions
 
+if TYPE_CHECKING:
+    import torch
+
 FORMATS = ("Q4_K", "Q6_K", "Q8_0", "MXFP4", "IQ4_XS", "IQ3_S")
-SIDE = 4096  # rows and columns of the matrices
-TOKENS = (0, 1, 2, 4, 8, 16, 64, 256, 512, 1024)  # 0: decoding alone
+SIDE = 4096  # rows and columns of the matrices that are timed
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 512, 1024)
+MIDDLE = 64  # tokens of the other products
+EXPERTS = 8
 RUNS = 20
 CLEARLY = 0.99  # a change must bring the mean of all workloads below this share
 
@@ -47,35 +53,48 @@ class KernelTuning:
     steps: list[Step] = field(default_factory=list)
 
 
-def workloads(device: str) -> list[Callable[[], Any]]:
-    """Products and decoding of several formats, for the numbers of TOKENS."""
+Work = Callable[[], Any]
+
+
+def packed(name: str, side: int, device: str) -> tuple[torch.Tensor, str]:
+    """(rows as a GPU keeps them, how they are read): a random matrix of ``side`` rows and columns."""
+    import torch
+
+    fmt = get_format(name)
+    rows = np.random.default_rng(0).standard_normal((64, side)).astype(np.float32)
+    importance = np.ones(side, np.float32) if fmt.needs_importance else None
+    data = torch.from_numpy(get_encoder("ggml").encode(rows, importance, fmt)).repeat(side // 64, 1).to(device)
+    planes = repack.gains(fmt)
+    return repack.pack(data, fmt) if planes else data, str(Packing(fmt, planes))
+
+
+def works_of(name: str, side: int, tokens: tuple[int, ...], device: str) -> list[Work]:
+    """Decoding, products of these numbers of tokens, and one of each other kind."""
     import torch
 
     from quantkit.kernels import ops
 
-    rows = np.random.default_rng(0).standard_normal((64, SIDE)).astype(np.float32)
-    out: list[Callable[[], Any]] = []
-    for name in FORMATS:
-        fmt = get_format(name)
-        data = torch.from_numpy(get_encoder("ggml").encode(rows, None, fmt)).repeat(SIDE // 64, 1).to(device)
-        planes = repack.gains(fmt)
-        data, packing = repack.pack(data, fmt) if planes else data, str(Packing(fmt, planes))
-        for tokens in TOKENS:
-            if not tokens:
-                out.append(partial(ops.dequantize, data, packing, torch.bfloat16))
-                continue
-            x = torch.randn(tokens, SIDE, dtype=torch.bfloat16, device=device)
-            out.append(partial(ops.linear, x, data, packing))
-    return out
+    data, packing = packed(name, side, device)
+    inputs = {n: torch.randn(n, side, dtype=torch.bfloat16, device=device) for n in (*tokens, MIDDLE)}
+    ends = torch.arange(1, EXPERTS + 1, dtype=torch.int32, device=device) * (MIDDLE // EXPERTS)
+    experts = data.reshape(EXPERTS, side // EXPERTS, -1)
+    x = inputs[MIDDLE]
+    return [
+        partial(ops.dequantize, data, packing, torch.bfloat16), *(partial(ops.linear, inputs[n], data, packing) for n in tokens),
+        partial(ops.linear_transposed, x, data, packing), partial(ops.swiglu, x, data, data, packing, packing),
+        partial(ops.grouped, x, experts, packing, ends), partial(ops.swiglu, x, experts, experts, packing, packing, ends),
+    ]  # fmt: skip
 
 
-def seconds_on_gpu(work: Callable[[], Any]) -> float:
-    """Median seconds of a call on the current GPU."""
+def seconds_on_gpu(work: Work) -> float:
+    """Median seconds of a call on the current GPU, whose cache is cleared before each."""
     import torch
 
+    flush = _flush()
     work()
     found = []
     for _ in range(RUNS):
+        flush.zero_()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         work()
@@ -85,18 +104,27 @@ def seconds_on_gpu(work: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
+@cache
+def _flush() -> torch.Tensor:
+    """More bytes than any cache has."""
+    import torch
+
+    return torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+
+
 def tune_kernels(device: str = "cuda", progress: Progress | None = None) -> KernelTuning:
     """Find and keep the settings of a GPU. Raises PlanError if there is none."""
     import torch
 
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        raise PlanError(
-            f"{device} is no GPU that torch can use",
-            hint="on the CPU only the ways of compiling are tuned: quantkit tune MODEL --compile",
-        )
+    if device == "cpu":
+        raise PlanError("the CPU has no programs to tune", hint="only ways of compiling: quantkit tune MODEL --compile")
+    require_device(device)
     with torch.cuda.device(device):
         name = torch.cuda.get_device_name(device)
-        found = search(workloads(device), seconds_on_gpu, name, progress)
+        timed = [work for fmt in FORMATS for work in works_of(fmt, SIDE, TOKENS, device)]
+        blocked = [fmt.name for fmt in formats() if fmt.codes is not None]
+        others = [work for fmt in blocked for work in works_of(fmt, 512, (1, MIDDLE), device)]
+        found = search(timed, seconds_on_gpu, name, progress, others)
     path = settings_path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, document(found.settings, device=name, versions=package_versions("torch", "triton")))
@@ -104,14 +132,19 @@ def tune_kernels(device: str = "cuda", progress: Progress | None = None) -> Kern
 
 
 def search(
-    works: list[Callable[[], Any]], seconds: Callable[[Callable[[], Any]], float], name: str, progress: Progress | None = None
+    works: list[Work], seconds: Callable[[Work], float], name: str, progress: Progress | None = None, others: Sequence[Work] = ()
 ) -> KernelTuning:
-    """One setting after the other: every candidate is timed on all workloads, and the best kept if it is clearly faster."""
+    """One setting after the other: every candidate is timed on all workloads, and the best kept if it is clearly faster.
+
+    others: calls that must not fail either.
+    """
     found = KernelTuning(name, Settings())
     task = (progress or Progress()).task("tune", total=sum(map(len, CANDIDATES.values())), unit="settings")
 
     def times(settings: Settings) -> list[float]:
         with using(settings):
+            for work in others:
+                work()
             return [seconds(work) for work in works]
 
     before = times(found.settings)

@@ -32,6 +32,15 @@ def require_device(device: str) -> None:
         ) from None
 
 
+def default_dtype(device: str) -> torch.dtype:
+    """The type of activations: float32 on the CPU, on a GPU the half precision that it multiplies fastest."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
 def interpreted() -> bool:
     """Whether Triton's programs run in its interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
