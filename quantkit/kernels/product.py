@@ -143,8 +143,9 @@ def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tens
     made, sizes = packing.decoder(), settings_of(data)
     out = x.new_empty(len(x), len(data))
     launch(
-        matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data), total=_blocks(data, packing), WHERE=made.where, SHAPE=made.shape,
-        ROWS=sizes.row_outputs, TOGETHER=max(1, sizes.row_weights // packing.format.elements), enable_fp_fusion=True, **given,
+        matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data), total=_blocks(data, packing),
+        WHERE=made.where, SHAPE=made.shape, ROWS=sizes.row_outputs,
+        TOGETHER=max(1, sizes.row_weights // packing.format.elements), maxnreg=255, enable_fp_fusion=True, **given,
     )  # fmt: skip
     return out
 
@@ -159,24 +160,28 @@ def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[st
     return {f"{name}{suffix}": value for name, value in found.items()}
 
 
-def _options(data: torch.Tensor) -> dict[str, Any]:
-    """Options of programs that make tiles. On smaller GPUs the compiler would rather spill registers than use them all."""
-    small = {} if is_roomy(data) else {"maxnreg": 255, "num_stages": 2}
-    return {"num_warps": settings_of(data).warps, "enable_fp_fusion": True, **small}
-
-
-def _height(data: torch.Tensor, *packings: Packing) -> int:
-    """Rows of a tile: fewer where values come from tables or code books, or the GPU is small: registers do not suffice."""
+def _is_small(data: torch.Tensor, *packings: Packing) -> bool:
+    """Whether tiles must be small: on GPUs with less memory than an H100, and for tables, code books and digits."""
     easy = all(isinstance(p.format.values, Linear) and isinstance(p.format.codes, Integers) for p in packings)
-    return settings_of(data).rows if easy and is_roomy(data) else settings_of(data).narrow
+    return not (easy and is_roomy(data))
 
 
-def _grid(x: torch.Tensor, ends: torch.Tensor | None) -> tuple[int, int]:
-    """(tokens of a tile, tiles): few tokens an expert where there are many experts, and not many at once on a small GPU."""
-    most = 64 if is_roomy(x) else 32
+def _tile(x: torch.Tensor, ends: torch.Tensor | None, data: torch.Tensor, *packings: Packing) -> dict[str, Any]:
+    """Rows and tokens of a tile, and options of the program; few tokens an expert where there are many experts."""
+    sizes, small = settings_of(data), _is_small(data, *packings)
     each = len(x) if ends is None else -(-len(x) // len(ends))
-    tile = next((size for size in (16, 32) if each <= size), most)
-    return tile, -(-len(x) // tile) + (0 if ends is None else len(ends))
+    tokens = next((size for size in (16, 32) if each <= size), 32 if small else 64)
+    found = {"ROWS": sizes.narrow if small else sizes.rows, "TOKENS": tokens, "num_warps": sizes.warps, "enable_fp_fusion": True}
+    # Where tiles must be small, the compiler would rather spill registers than use them all.
+    return found | ({"maxnreg": 255, "num_stages": 2} if small else {})
+
+
+def _tokens(x: torch.Tensor, ends: torch.Tensor | None, tile: int) -> tuple[int, dict[str, Any]]:
+    """(tiles of ``tile`` tokens that cover all, whoever's they are; what a program needs to find its own)."""
+    if ends is None:
+        return -(-len(x) // tile), {"slots": x, "ends": x, "tokens": len(x), "GROUPED": False}
+    count = -(-len(x) // tile) + len(ends)
+    return count, {"slots": _slots(len(x), ends, tile, count), "ends": ends, "tokens": len(x), "GROUPED": True}
 
 
 def _slots(tokens: int, ends: torch.Tensor, tile: int, count: int) -> torch.Tensor:
@@ -200,15 +205,14 @@ def _tiles(
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matmul as program
 
-    rows, height, (tile, count) = data.shape[-2], _height(data, packing), _grid(x, ends)
-    out = x.new_empty(len(x), rows)
-    rank = 0 if low is None else low.shape[1]
+    rows, tile = data.shape[-2], _tile(x, ends, data, packing)
+    out, rank = x.new_empty(len(x), rows), 0 if low is None else low.shape[1]
     if len(x):
+        count, found = _tokens(x, ends, tile["TOKENS"])
         launch(
-            program, (-(-rows // height), count), x, x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
-            low=x if low is None else low, up=x if up is None else up.contiguous(), rows=rows, tokens=len(x), rank=rank,
-            GROUPED=ends is not None, RANK=rank and max(16, 1 << (rank - 1).bit_length()), ROWS=height, TOKENS=tile, **_options(data),
-            **given, **_geometry(packing, data),
+            program, (-(-rows // tile["ROWS"]), count), x, x=x, out=out, low=x if low is None else low,
+            up=x if up is None else up.contiguous(), rows=rows, rank=rank,
+            RANK=rank and max(16, 1 << (rank - 1).bit_length()), **tile, **found, **given, **_geometry(packing, data),
         )  # fmt: skip
     return out
 
@@ -220,13 +224,13 @@ def _swiglu_tiles(
     given = {**packings[0].arguments(gate, "_gate"), **packings[1].arguments(up, "_up")}
     from quantkit.kernels.programs_product import swiglu as program
 
-    rows, height, (tile, count) = gate.shape[-2], _height(gate, *packings), _grid(x, ends)
+    rows, tile = gate.shape[-2], _tile(x, ends, gate, *packings)
     out = x.new_empty(len(x), rows)
     if len(x):
+        count, found = _tokens(x, ends, tile["TOKENS"])
         launch(
-            program, (-(-rows // height), count), x, x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
-            rows=rows, tokens=len(x), GROUPED=ends is not None, ROWS=height, TOKENS=tile, **_options(gate),
-            **given, **_geometry(packings[0], gate, "_gate"), **_geometry(packings[1], up, "_up"),
+            program, (-(-rows // tile["ROWS"]), count), x, x=x, out=out, rows=rows, **tile, **found, **given,
+            **_geometry(packings[0], gate, "_gate"), **_geometry(packings[1], up, "_up"),
         )  # fmt: skip
     return out
 
@@ -236,14 +240,13 @@ def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, end
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matmul_transposed as program
 
-    pieces = given.pop("PIECES")
-    shape, (tile, count) = _geometry(packing, data), _grid(x, ends)
+    pieces, shape, tile = given.pop("PIECES"), _geometry(packing, data), _tile(x, ends, data, packing)
     out = x.new_empty(len(x), packing.columns(data))
+    count, found = _tokens(x, ends, tile["TOKENS"])
     for piece in range(pieces if len(x) else 0):
         launch(
-            program, (-(-given["blocks"] // shape["TOGETHER"]), count), x, x=x, out=out, slots=x if ends is None else _slots(len(x), ends, tile, count), ends=x if ends is None else ends,
-            rows=data.shape[-2], tokens=len(x), PIECE=piece, GROUPED=ends is not None, ROWS=_height(data, packing), TOKENS=tile,
-            **_options(data), **given, **shape,
+            program, (-(-given["blocks"] // shape["TOGETHER"]), count), x, x=x, out=out, rows=data.shape[-2], PIECE=piece,
+            **tile, **found, **given, **shape,
         )  # fmt: skip
     return out
 
