@@ -130,6 +130,22 @@ def experts(packing: Packing) -> None:
     raw_up, weight_up = matrix(other.format, 3 * 13, each.shape[2] // 32, seed=1)
     up = weight_up.reshape(3, 13, -1)
     made = product.swiglu(x, data, raw_up.reshape(3, 13, -1), (packing, other), ends)
+    with patch.object(product, "multiplies_tiles", lambda _: False):  # as on an older GPU, or in float32
+        near(product.grouped(x, data, packing, ends)[3:], x[3:], each[2], f"{name} experts without tiles")
+        near(
+            product.grouped(back, data, packing, ends, transposed=True)[3:],
+            back[3:],
+            each[2].T,
+            f"{name} experts back without tiles",
+        )
+        if not packing.planes:  # rows of one expert can be taken out
+            near(product.matmul(x, data[2].contiguous(), packing), x, each[2], f"{name} without tiles")
+            near(
+                product.matmul_transposed(back, data[2].contiguous(), packing),
+                back,
+                each[2].T,
+                f"{name} transposed without tiles",
+            )
     one = raw_up.reshape(3, 13, -1)[0].contiguous()
     assert product.swiglu(x.reshape(7, 3, -1), one, one, (other, other)).shape == (7, 3, 13)
     for expert, part in ((0, slice(0, 3)), (2, slice(3, 21))):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import tiny
 import torch
@@ -15,7 +17,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.formats import get_format
 from quantkit.kernels import ops
 from quantkit.modeling.modules import QuantLinear
-from quantkit.modeling.training import chunked_cross_entropy, save_memory, token_log_probabilities
+from quantkit.modeling.training import Offload, chunked_cross_entropy, save_memory, token_log_probabilities
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
 
@@ -117,3 +119,56 @@ def test_checkpointing_keeps_inputs_only_and_the_same_gradients(tmp_path):
     assert found[1][3] < 0.5 * found[0][3]
     with pytest.raises(TypeError, match="does not support"):
         save_memory(nn.Linear(2, 2))
+
+
+class Device:
+    """Stands for torch.cuda: notes what is done on which stream."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.log: list[str] = []
+        device = self
+
+        class Stream:
+            def __init__(self, at) -> None:
+                device.log.append(f"stream on {at}")
+
+            def wait_stream(self, other) -> None:
+                device.log.append("side waits")
+
+            def record_event(self) -> str:
+                return "copied"
+
+        class Main:
+            def wait_event(self, event) -> None:
+                device.log.append(f"main waits for {event}")
+
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda at: Main())
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+
+class OnGpu:
+    """A tensor that says it lies on a GPU."""
+
+    device = torch.device("cuda", 1)
+    shape, dtype = (3,), torch.float32
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def record_stream(self, stream) -> None:
+        pass
+
+
+def test_inputs_wait_on_the_cpu_and_copies_are_awaited(monkeypatch):
+    """One stream a device; nothing is read back before its copy is done; what lies on the CPU or holds no numbers stays."""
+    device, offload = Device(monkeypatch), Offload()
+    target = torch.zeros(3)
+    target.copy_ = lambda source, non_blocking: device.log.append(f"copy, waiting: {not non_blocking}")
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: target if how.pop("pin_memory") else None)
+    kept = [offload.pack(OnGpu()) for _ in range(2)]
+    assert device.log == ["stream on cuda:1", "side waits", "copy, waiting: False", "side waits", "copy, waiting: False"]
+    target.to = lambda at, non_blocking: (str(at), non_blocking)
+    assert offload.unpack(kept[0]) == ("cuda:1", True) and device.log[-1] == "main waits for copied"
+    for plain in (torch.zeros(2), torch.zeros(2, dtype=torch.int64)):
+        assert offload.pack(plain) is plain and offload.unpack(plain) is plain
