@@ -141,10 +141,11 @@ def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tens
     from quantkit.kernels.programs_product import matvec
 
     made, sizes = packing.decoder(), settings_of(data)
+    runs, length = made.shape or (0, 0)
     out = x.new_empty(len(x), len(data))
     launch(
         matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data), total=_blocks(data, packing),
-        WHERE=made.where, SHAPE=made.shape, ROWS=sizes.row_outputs,
+        WHERE=made.where, RUNS=runs, LENGTH=length, ROWS=sizes.row_outputs,
         TOGETHER=max(1, sizes.row_weights // packing.format.elements), maxnreg=255, enable_fp_fusion=True, **given,
     )  # fmt: skip
     return out
@@ -156,7 +157,7 @@ def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[st
     together = 1
     while together * min(made.sizes) < 16 or together * made.largest < DEPTH:
         together *= 2
-    found = {"PLACE": made.place, "SIZES": made.sizes, "TOGETHER": together, "total": _blocks(data, packing)}
+    found = {"PLACE": made.place, "TOGETHER": together, "total": _blocks(data, packing)}
     return {f"{name}{suffix}": value for name, value in found.items()}
 
 
@@ -246,6 +247,7 @@ def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, end
     for piece in range(pieces if len(x) else 0):
         launch(
             program, (-(-given["blocks"] // shape["TOGETHER"]), count), x, x=x, out=out, rows=data.shape[-2], PIECE=piece,
+            SIZE=packing.decoder().sizes[piece],
             **tile, **found, **given, **shape,
         )  # fmt: skip
     return out

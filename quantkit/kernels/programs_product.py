@@ -13,20 +13,20 @@ import triton.language as tl
 @triton.jit
 def matvec(
     x, raw, out, rows, blocks, total, book, scales, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
-    ELEMENTS: tl.constexpr, SHAPE: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+    ELEMENTS: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one token a program: out[token, row] = Σ x[token, column] · weight[row, column].
 
     raw: uint8, rows of ``blocks`` blocks, ``total`` in the tensor; x: (tokens, blocks · ELEMENTS); out: (tokens, rows).
-    SHAPE: (runs, length) of every piece, None if they differ. TOGETHER: blocks of a row that are decoded at a time.
+    RUNS, LENGTH: of every piece, 0 if they differ. TOGETHER: blocks of a row that are decoded at a time.
     """
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS * TOGETHER) // TOGETHER
     inside = tl.arange(0, ROWS * TOGETHER) % TOGETHER
-    if SHAPE is None:
+    if RUNS == 0:
         total_sum = tl.zeros((ROWS * TOGETHER,), tl.float32)
     else:
-        total_sum = tl.zeros((ROWS * TOGETHER, SHAPE[0], SHAPE[1]), tl.float32)
+        total_sum = tl.zeros((ROWS * TOGETHER, RUNS, LENGTH), tl.float32)
     for first in range(0, blocks, TOGETHER):
         block = (first + inside)[:, None, None]
         live = (row[:, None, None] < rows) & (block < blocks)
@@ -34,11 +34,11 @@ def matvec(
             weight = DECODE(raw, row[:, None, None] * blocks + block, tl.cast(total, tl.int64), live, book, scales, piece)
             given = tl.load(x + (token * blocks + block) * ELEMENTS + WHERE(piece), mask=live, other=0.0)
             part = tl.where(live, weight * given.to(tl.float32), 0.0)
-            if SHAPE is None:
+            if RUNS == 0:
                 total_sum += tl.sum(tl.sum(part, 2), 1)
             else:
                 total_sum += part
-    sums = total_sum if SHAPE is None else tl.sum(tl.sum(total_sum, 2), 1)
+    sums = total_sum if RUNS == 0 else tl.sum(tl.sum(total_sum, 2), 1)
     sums = tl.sum(tl.reshape(sums, (ROWS, TOGETHER)), 1)
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(out + token * rows + place, sums.to(out.dtype.element_ty), mask=place < rows)
@@ -63,17 +63,18 @@ def decoded(
 
 @triton.jit
 def columns_of(
-    block, PLACE: tl.constexpr, piece: tl.constexpr, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, TOGETHER: tl.constexpr
+    block, PLACE: tl.constexpr, piece: tl.constexpr, WIDTH: tl.constexpr, ELEMENTS: tl.constexpr, TOGETHER: tl.constexpr
 ):
-    """Columns of the weights that ``decoded`` gives: (weights,). SIZE: weights of the piece in one block."""
-    index = tl.arange(0, TOGETHER * SIZE)
+    """Columns of the WIDTH weights of a row that ``decoded`` gives: (weights,)."""
+    SIZE: tl.constexpr = WIDTH // TOGETHER  # weights of the piece in one block
+    index = tl.arange(0, WIDTH)
     return (block + index // SIZE) * ELEMENTS + PLACE(index % SIZE, piece)
 
 
 @triton.jit
 def accumulate(
     x, raw, row, last, token, tokens, blocks, total, book, scales, DECODE: tl.constexpr, PLACE: tl.constexpr,
-    SIZES: tl.constexpr, PIECES: tl.constexpr, ELEMENTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
+    PIECES: tl.constexpr, ELEMENTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Σ weight · x over all columns for ROWS rows and TOKENS tokens: float32 (ROWS, TOKENS). tokens: where they end."""
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -82,7 +83,7 @@ def accumulate(
     for block in range(0, blocks, TOGETHER):
         for piece in tl.static_range(PIECES):
             weight = decoded(raw, row, last, block, blocks, total, book, scales, DECODE, piece, ROWS, TOGETHER, dtype)
-            column = columns_of(block, PLACE, piece, SIZES[piece], ELEMENTS, TOGETHER)
+            column = columns_of(block, PLACE, piece, weight.shape[1], ELEMENTS, TOGETHER)
             inside = (column < blocks * ELEMENTS)[:, None] & (line < tokens)[None, :]
             given = tl.load(x + line[None, :].to(tl.int64) * blocks * ELEMENTS + column[:, None], mask=inside, other=0.0)
             sums = tl.dot(weight, given, sums, input_precision="ieee")
@@ -115,7 +116,7 @@ def store_tile(out, sums, row, token, end, rows, ROWS: tl.constexpr, TOKENS: tl.
 @triton.jit
 def matmul(
     x, raw, out, slots, ends, low, up, rows, tokens, blocks, total, rank, book, scales, DECODE: tl.constexpr,
-    PLACE: tl.constexpr, SIZES: tl.constexpr, PIECES: tl.constexpr, ELEMENTS: tl.constexpr, GROUPED: tl.constexpr,
+    PLACE: tl.constexpr, PIECES: tl.constexpr, ELEMENTS: tl.constexpr, GROUPED: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A tile of x · Wᵀ [+ low · upᵀ]. x: (tokens, columns); out: (tokens, rows).
@@ -127,7 +128,7 @@ def matmul(
     expert, row, last, token, end = tile_of(slots, ends, rows, tokens, GROUPED, ROWS, TOKENS)
     if token < end:
         sums = accumulate(
-            x, raw, row, last, token, end, blocks, total, book, scales, DECODE, PLACE, SIZES, PIECES, ELEMENTS, ROWS, TOKENS, TOGETHER
+            x, raw, row, last, token, end, blocks, total, book, scales, DECODE, PLACE, PIECES, ELEMENTS, ROWS, TOKENS, TOGETHER
         )  # fmt: skip
         own = row - expert * rows
         if RANK > 0:
@@ -143,9 +144,9 @@ def matmul(
 @triton.jit
 def swiglu(
     x, raw_gate, raw_up, out, slots, ends, rows, tokens, blocks_gate, total_gate, book_gate, scales_gate, blocks_up, total_up,
-    book_up, scales_up, DECODE_gate: tl.constexpr, PLACE_gate: tl.constexpr, SIZES_gate: tl.constexpr, PIECES_gate: tl.constexpr,
+    book_up, scales_up, DECODE_gate: tl.constexpr, PLACE_gate: tl.constexpr, PIECES_gate: tl.constexpr,
     ELEMENTS_gate: tl.constexpr, TOGETHER_gate: tl.constexpr, DECODE_up: tl.constexpr, PLACE_up: tl.constexpr,
-    SIZES_up: tl.constexpr, PIECES_up: tl.constexpr, ELEMENTS_up: tl.constexpr, TOGETHER_up: tl.constexpr,
+    PIECES_up: tl.constexpr, ELEMENTS_up: tl.constexpr, TOGETHER_up: tl.constexpr,
     GROUPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A tile of silu(x · gateᵀ) ∘ (x · upᵀ); the two may be of different formats. See ``matmul``."""
@@ -153,10 +154,10 @@ def swiglu(
     if token < end:
         gate = accumulate(
             x, raw_gate, row, last, token, end, blocks_gate, total_gate, book_gate, scales_gate, DECODE_gate, PLACE_gate,
-            SIZES_gate, PIECES_gate, ELEMENTS_gate, ROWS, TOKENS, TOGETHER_gate,
+            PIECES_gate, ELEMENTS_gate, ROWS, TOKENS, TOGETHER_gate,
         )  # fmt: skip
         up = accumulate(
-            x, raw_up, row, last, token, end, blocks_up, total_up, book_up, scales_up, DECODE_up, PLACE_up, SIZES_up,
+            x, raw_up, row, last, token, end, blocks_up, total_up, book_up, scales_up, DECODE_up, PLACE_up,
             PIECES_up, ELEMENTS_up, ROWS, TOKENS, TOGETHER_up,
         )  # fmt: skip
         store_tile(out, gate / (1.0 + tl.exp(-gate)) * up, row - expert * rows, token, end, rows, ROWS, TOKENS)
@@ -165,7 +166,7 @@ def swiglu(
 @triton.jit
 def matmul_transposed(
     x, raw, out, slots, ends, rows, tokens, blocks, total, book, scales, DECODE: tl.constexpr, PLACE: tl.constexpr,
-    SIZES: tl.constexpr, ELEMENTS: tl.constexpr, PIECE: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
+    SIZE: tl.constexpr, ELEMENTS: tl.constexpr, PIECE: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """A tile of x · W for the columns of one piece of TOGETHER blocks. x: (tokens, rows); out: (tokens, columns)."""
@@ -173,7 +174,7 @@ def matmul_transposed(
     if token < end:
         dtype: tl.constexpr = x.dtype.element_ty
         block = tl.program_id(0) * TOGETHER
-        sums = tl.zeros((TOKENS, TOGETHER * SIZES[PIECE]), tl.float32)
+        sums = tl.zeros((TOKENS, TOGETHER * SIZE), tl.float32)
         line = token + tl.arange(0, TOKENS)
         for row in range(0, rows, ROWS):
             weight = decoded(
@@ -183,6 +184,6 @@ def matmul_transposed(
             inside = (line < end)[:, None] & (column < rows)[None, :]
             given = tl.load(x + line[:, None].to(tl.int64) * rows + column[None, :], mask=inside, other=0.0)
             sums = tl.dot(given, weight, sums, input_precision="ieee")
-        at = columns_of(block, PLACE, PIECE, SIZES[PIECE], ELEMENTS, TOGETHER)
+        at = columns_of(block, PLACE, PIECE, TOGETHER * SIZE, ELEMENTS, TOGETHER)
         inside = (line < end)[:, None] & (at < blocks * ELEMENTS)[None, :]
         tl.store(out + line[:, None].to(tl.int64) * blocks * ELEMENTS + at[None, :], sums.to(out.dtype.element_ty), mask=inside)
