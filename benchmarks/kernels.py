@@ -24,7 +24,7 @@ from common import ROOT, write_results
 
 from quantkit.formats import Format, formats, get_format
 from quantkit.kernels import ops, repack
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.packing import Packing
 from quantkit.versions import package_versions
 
 Row = dict[str, Any]

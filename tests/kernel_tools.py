@@ -18,7 +18,7 @@ import torch
 from quantkit.formats import formats, get_format
 from quantkit.kernels import dequantize as driver
 from quantkit.kernels import product, repack
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.packing import Packing
 from quantkit.kernels.settings import Settings, using
 
 BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]

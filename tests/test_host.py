@@ -10,7 +10,7 @@ from kernel_tools import BLOCKED, matrix, near
 from quantkit.formats import get_format
 from quantkit.kernels import host, product, repack
 from quantkit.kernels.dequantize import dequantize, embedding
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.packing import Packing
 
 
 @pytest.mark.parametrize("fmt", BLOCKED, ids=lambda fmt: fmt.name)

@@ -26,7 +26,7 @@ from quantkit.formats import get_format
 from quantkit.kernels import repack
 from quantkit.kernels.dequantize import dequantize, embedding
 from quantkit.kernels.encode import ENCODERS, encode
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.packing import Packing
 from quantkit.kernels.product import grouped, matmul, matmul_transposed, swiglu
 from quantkit.kernels.source import decoder_source, fitted, pieces_of, planes_of
 

@@ -16,7 +16,7 @@ from quantkit.errors import PlanError
 from quantkit.formats import formats, get_format
 from quantkit.kernels import repack
 from quantkit.kernels.devices import require_device
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.packing import Packing
 from quantkit.kernels.settings import CANDIDATES, Settings, document, settings_path, using
 from quantkit.progress import Progress
 from quantkit.versions import package_versions

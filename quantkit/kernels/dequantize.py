@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from quantkit.errors import FormatError
 from quantkit.kernels import host
 from quantkit.kernels.devices import launch, on_host
-from quantkit.kernels.packed import Packing, check, file_bytes
+from quantkit.kernels.packing import Packing, check, file_bytes
 from quantkit.kernels.settings import settings_of
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """The products as operators of torch: with shapes for the compiler and gradients for the inputs; packed weights have none.
 
-``packing`` is a format's name, with ``:planes`` after it where the tensor was repacked (packed.Packing).
+``packing`` is a format's name, with ``:planes`` after it where the tensor was repacked (packing.Packing).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantkit.kernels import dequantize as decoding
 from quantkit.kernels import product
-from quantkit.kernels.packed import Packing
+from quantkit.kernels.packing import Packing
 
 # Annotations are read when an operator is registered, so they are given as they are and not as strings.
 _define = torch.library.custom_op

@@ -14,7 +14,7 @@ from quantkit.formats.layout import Integers, Linear
 from quantkit.kernels import host
 from quantkit.kernels.dequantize import embedding
 from quantkit.kernels.devices import is_roomy, launch, multiplies_tiles, on_host
-from quantkit.kernels.packed import Packing, check_low_rank, check_product, file_bytes
+from quantkit.kernels.packing import Packing, check_low_rank, check_product, file_bytes
 from quantkit.kernels.settings import settings_of
 
 if TYPE_CHECKING:

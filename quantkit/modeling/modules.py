@@ -17,7 +17,7 @@ from quantkit.errors import FormatError
 from quantkit.formats import get_format
 from quantkit.kernels import ops, repack
 from quantkit.kernels.decoders import tables
-from quantkit.kernels.packed import PLANES, Packing
+from quantkit.kernels.packing import PLANES, Packing
 
 # Notes at a parameter whose bytes were repacked: that they were, and a weak reference to them as in the file.
 MOVED, FILE_BYTES = "quantkit_planes", "quantkit_file_bytes"
