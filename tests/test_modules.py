@@ -204,6 +204,10 @@ def test_a_layer_compiles_whole_forward_and_backward(gguf):
     mine, theirs = (torch.autograd.grad(out, hidden, seed)[0] for out in (compiled, eager))
     assert torch.allclose(mine, theirs, atol=1e-4 * float(theirs.abs().max()))
     assert all(parameter.grad is None for parameter in layer.parameters())
+    for module in layer.modules():
+        if isinstance(module, Packed):
+            module.lay_out(lambda name, data: True)  # as on a GPU
+    assert torch.equal(torch.compile(forward, fullgraph=True, backend="aot_eager")(hidden), compiled)
 
 
 def test_low_rank_weights_are_trained_on_packed_ones(gguf):
