@@ -14,7 +14,7 @@ COMMANDS = {
     "quantize": "Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.",
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
     "generate": "Text from a model, with its weights packed: through torch or llama.cpp.",
-    "tune": "The fastest way of compiling a packed model on this machine.",
+    "tune": "What is fastest on this machine: programs of a GPU, or ways of compiling a model.",
     "repair": "A low-rank adapter that makes up for what quantizing took, within a size.",
     "verify": "Check a file or folder against its manifest and its own hashes.",
     "speed": "How fast this machine decodes each format.",
