@@ -37,7 +37,13 @@ def test_a_changed_number_is_found(tool, tmp_path, monkeypatch, capsys):
         tool.main()
 
 
-def test_cells_and_ranges(tool):
+def test_cells_and_the_worst_text(tool):
     rows = [{"text": "code", "kld": 0.5, "ratio": 0.25}, {"text": "stories", "kld": 1.0}]
     assert tool.cells(rows, ["stories", "code", "technical"]) == ["1.00000", "0.50000 (0.25 ×)", "–"]
-    assert tool.spread([0.251, 0.249], 2, " ×") == "0.25 ×" and tool.spread([0.2, 0.3], 1) == "0.2 to 0.3"
+    ways = {"effort 2: two_sided": (0.3, 0.4), "effort 3: sequential": (0.25, 0.2)}
+    rows = [
+        {"model": "m", "mix": "Q4_K_M", "judge": "llama", "what": what, "kld": 0.1, "ratio": ratio}
+        for what, ratios in ways.items() for ratio in ratios
+    ]  # fmt: skip
+    assert tool.quality_summary({"rows": rows})[2:] == ["| Q4_K_M | 0.40 / 0.25 |"]
+    assert len(tool.quality_summary({"rows": rows[:2]})) == 2  # nothing where an effort is missing
