@@ -58,7 +58,8 @@ def generate(
     """At most ``count`` tokens after ``prompt``, fewer if the model ends its text.
 
     chat: the prompt is a user's message in the model's chat template. compiled: let torch compile the model, as
-    ``quantkit tune`` found best. show: is called with each new piece of text. Raises CalibrationError for an empty prompt, CheckpointError if the runtime cannot run the model.
+    ``quantkit tune`` found best. show: is called with each new piece of text. Raises CalibrationError for a prompt that is
+    empty or fills the context, PlanError if the model was not tuned, CheckpointError if the runtime cannot run it.
     """
     encoder = TextEncoder(checkpoint)
     if chat:
@@ -103,14 +104,12 @@ def _torch(
     import torch
     from transformers import DynamicCache, StaticCache
 
+    arguments = tuned_arguments(checkpoint.identity, device) if compiled else None
     model = packed_model(checkpoint, default_dtype(device), device)
     chance = torch.Generator().manual_seed(sampling.seed)
-    cache: Any = DynamicCache(config=model.config)
-    step = model.forward
-    if compiled:
-        cache = StaticCache(config=model.config, max_cache_len=len(ids) + count)
-        arguments = tuned_arguments(checkpoint.identity, device)
-        step = torch.compile(model.forward, **arguments) if arguments is not None else model.forward
+    fixed = StaticCache(config=model.config, max_cache_len=len(ids) + count) if arguments is not None else None
+    cache: Any = DynamicCache(config=model.config) if fixed is None else fixed
+    step = torch.compile(model.forward, **arguments) if arguments is not None else model.forward
     given = torch.tensor([ids], device=device)
     for number in range(count):
         with torch.inference_mode(), fast_float32():
