@@ -153,6 +153,7 @@ def test_a_state_dict_has_the_files_bytes_however_they_lie():
     fmt = get_format("Q6_K")
     raw = torch.randint(0, 256, (8, 2 * fmt.block_bytes()), dtype=torch.uint8)
     layer = QuantLinear(raw.clone(), "Q6_K")
+    assert np.array_equal(layer.dequantized().numpy(), fmt.decode(raw.numpy()), equal_nan=True)
     layer.lay_out(lambda name, data: True)
     assert layer.packing("weight") == "Q6_K:planes" and torch.equal(layer.weight, repack.pack(raw, fmt))
     assert torch.equal(layer.state_dict()["weight"], raw)
