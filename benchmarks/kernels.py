@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from common import ROOT, write_results
 
+from quantkit.evaluation.tune_kernels import runs_on_gpu
 from quantkit.formats import Format, formats, get_format
 from quantkit.kernels import ops, repack
 from quantkit.kernels.packing import Packing
@@ -122,25 +123,13 @@ class Gpu:
     """Timings on a GPU with an empty cache, and the rate of a copy."""
 
     def __init__(self) -> None:
-        self._flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
         big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
         target = torch.empty_like(big)
         self.rate = 2 * big.numel() / float(np.median(self.seconds(lambda: target.copy_(big))))
 
     def seconds(self, function: Callable[[], object]) -> list[float]:
         """Of GPU_RUNS runs after three warm ones."""
-        for _ in range(3):
-            function()
-        out = []
-        for _ in range(GPU_RUNS):
-            self._flush.zero_()
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            function()
-            last.record()
-            torch.cuda.synchronize()
-            out.append(first.elapsed_time(last) / 1e3)
-        return out
+        return runs_on_gpu(function, GPU_RUNS, warm=3)
 
     def row(self, what: str, name: str, shape: str, moved: int, function: Callable[[], object], against: Callable[[], object] | None = None) -> Row:  # fmt: skip
         """One row; moved: bytes that must be read and written."""

@@ -86,14 +86,15 @@ def works_of(name: str, side: int, tokens: tuple[int, ...], device: str) -> list
     ]  # fmt: skip
 
 
-def seconds_on_gpu(work: Work) -> float:
-    """Median seconds of a call on the current GPU, whose cache is cleared before each."""
+def runs_on_gpu(work: Work, runs: int, warm: int = 1) -> list[float]:
+    """Seconds of calls on the current GPU, whose cache is cleared before each, after some that are not timed."""
     import torch
 
     flush = _flush()
-    work()
+    for _ in range(warm):
+        work()
     found = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         flush.zero_()
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
@@ -101,7 +102,12 @@ def seconds_on_gpu(work: Work) -> float:
         last.record()
         torch.cuda.synchronize()
         found.append(first.elapsed_time(last) / 1e3)
-    return statistics.median(found)
+    return found
+
+
+def seconds_on_gpu(work: Work) -> float:
+    """Median seconds of a call on the current GPU."""
+    return statistics.median(runs_on_gpu(work, RUNS))
 
 
 @cache

@@ -58,12 +58,12 @@ def _launch(data: torch.Tensor, packing: Packing, ids: torch.Tensor | None, dtyp
     from quantkit.kernels.programs_dequantize import dequantize as program
 
     blocks, elements = given["blocks"], packing.format.elements
-    count = data.numel() // packing.format.block_bytes() if ids is None else len(ids) * blocks
+    count = given["total"] if ids is None else len(ids) * blocks
     out = torch.empty(count * elements, dtype=dtype, device=data.device)
     together = max(1, settings_of(data).decoded // packing.decoder().largest)
     if count:
         launch(
-            program, (-(-count // together),), data, out=out, ids=data if ids is None else ids, count=count, total=data.numel() // packing.format.block_bytes(),
+            program, (-(-count // together),), data, out=out, ids=data if ids is None else ids, count=count,
             WHERE=packing.decoder().where, GATHER=ids is not None, TOGETHER=together, **given,
             enable_fp_fusion=False,  # else not the bits of Format.decode
         )  # fmt: skip

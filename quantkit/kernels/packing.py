@@ -44,7 +44,7 @@ class Packing:
         made, (book, scales) = self.decoder(), tables(self.format, str(data.device))  # type: ignore[arg-type]
         found = {
             "raw": data, "book": book, "scales": scales, "blocks": data.shape[-1] // self.format.block_bytes(),
-            "DECODE": made.decode, "PIECES": made.pieces, "ELEMENTS": self.format.elements,
+            "total": data.numel() // self.format.block_bytes(), "DECODE": made.decode, "PIECES": made.pieces, "ELEMENTS": self.format.elements,
         }  # fmt: skip
         return {f"{name}{suffix}": value for name, value in found.items()}
 

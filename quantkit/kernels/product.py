@@ -130,11 +130,6 @@ def _check_ends(x: torch.Tensor, data: torch.Tensor, ends: torch.Tensor) -> None
 # -- Triton ---------------------------------------------------------------------------------------
 
 
-def _blocks(data: torch.Tensor, packing: Packing) -> int:
-    """Blocks in the tensor."""
-    return data.numel() // packing.format.block_bytes()
-
-
 def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tensor:
     """Few tokens."""
     given = packing.arguments(data)
@@ -144,20 +139,20 @@ def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tens
     runs, length = made.shape or (0, 0)
     out = x.new_empty(len(x), len(data))
     launch(
-        matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data), total=_blocks(data, packing),
+        matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data),
         WHERE=made.where, RUNS=runs, LENGTH=length, ROWS=sizes.row_outputs,
         TOGETHER=max(1, sizes.row_weights // packing.format.elements), maxnreg=255, enable_fp_fusion=True, **given,
     )  # fmt: skip
     return out
 
 
-def _geometry(packing: Packing, data: torch.Tensor, suffix: str = "") -> dict[str, Any]:
+def _geometry(packing: Packing, suffix: str = "") -> dict[str, Any]:
     """How a tile's blocks are taken apart: TOGETHER is a power of two that gives every dot enough depth."""
     made = packing.decoder()
     together = 1
     while together * min(made.sizes) < 16 or together * made.largest < DEPTH:
         together *= 2
-    found = {"PLACE": made.place, "TOGETHER": together, "total": _blocks(data, packing)}
+    found = {"PLACE": made.place, "TOGETHER": together}
     return {f"{name}{suffix}": value for name, value in found.items()}
 
 
@@ -213,7 +208,7 @@ def _tiles(
         launch(
             program, (-(-rows // tile["ROWS"]), count), x, x=x, out=out, low=x if low is None else low,
             up=x if up is None else up.contiguous(), rows=rows, rank=rank,
-            RANK=rank and max(16, 1 << (rank - 1).bit_length()), **tile, **found, **given, **_geometry(packing, data),
+            RANK=rank and max(16, 1 << (rank - 1).bit_length()), **tile, **found, **given, **_geometry(packing),
         )  # fmt: skip
     return out
 
@@ -231,7 +226,7 @@ def _swiglu_tiles(
         count, found = _tokens(x, ends, tile["TOKENS"])
         launch(
             program, (-(-rows // tile["ROWS"]), count), x, x=x, out=out, rows=rows, **tile, **found, **given,
-            **_geometry(packings[0], gate, "_gate"), **_geometry(packings[1], up, "_up"),
+            **_geometry(packings[0], "_gate"), **_geometry(packings[1], "_up"),
         )  # fmt: skip
     return out
 
@@ -241,7 +236,7 @@ def _transposed_tiles(x: torch.Tensor, data: torch.Tensor, packing: Packing, end
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matmul_transposed as program
 
-    pieces, shape, tile = given.pop("PIECES"), _geometry(packing, data), _tile(x, ends, data, packing)
+    pieces, shape, tile = given.pop("PIECES"), _geometry(packing), _tile(x, ends, data, packing)
     out = x.new_empty(len(x), packing.columns(data))
     count, found = _tokens(x, ends, tile["TOKENS"])
     for piece in range(pieces if len(x) else 0):

@@ -32,6 +32,16 @@ def clamped(value, low, high):
 
 
 @triton.jit
+def first_peak(x, base, n, live, LANES: tl.constexpr):
+    """The first of each group's n weights with the largest magnitude."""
+    peak = tl.zeros((LANES,), tl.float32)
+    for i in range(n):
+        v = tl.load(x + base + i, mask=live, other=0.0)
+        peak = tl.where(tl.abs(v) > tl.abs(peak), v, peak)
+    return peak
+
+
+@triton.jit
 def ordered_sum(x, out, count, n, SQUARED: tl.constexpr, LANES: tl.constexpr):
     """out[g] = Σ x[g, i] or Σ x[g, i]², in order. x: float32 (count, n)."""
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -114,10 +124,7 @@ def symmetric_fit(x, weight, numerators, scale, inverse, count, n, steps, top, L
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = lane < count
     base = lane * n
-    peak = tl.zeros((LANES,), tl.float32)
-    for i in range(n):
-        v = tl.load(x + base + i, mask=live, other=0.0)
-        peak = tl.where(tl.abs(v) > tl.abs(peak), v, peak)
+    peak = first_peak(x, base, n, live, LANES)
     best, found, used = peak * 0, peak * 0, peak * 0
     for step in range(steps):
         trial = tl.div_rn(peak * 0 + tl.load(numerators + step), peak)
@@ -188,10 +195,7 @@ def descent_fit(x, scale, codes, count, n, LANES: tl.constexpr):
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = lane < count
     base = lane * n
-    peak = tl.zeros((LANES,), tl.float32)
-    for i in range(n):
-        v = tl.load(x + base + i, mask=live, other=0.0)
-        peak = tl.where(tl.abs(v) > tl.abs(peak), v, peak)
+    peak = first_peak(x, base, n, live, LANES)
     trial = tl.div_rn(peak * 0 - 4.0, peak)
     sum_lx, sum_l2 = peak * 0, peak * 0
     for i in range(n):

@@ -136,18 +136,21 @@ def put(model: Any, name: str, module: Any) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
+def packed_formats(model: Any) -> dict[str, str]:
+    """Parameter → format of everything packed in a model, as ``formats_of`` gives it for a file."""
+    from quantkit.modeling.modules import Packed
+
+    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, Packed)]
+    return {f"{name}.{parameter}": fmt for name, module in packed for parameter, fmt in module.formats.items()}
+
+
 def fill(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
     """Give every parameter of a prepared model its value, each on the device where it is (the CPU instead of meta)."""
     import torch
 
-    from quantkit.modeling.modules import PLAIN, Packed
+    from quantkit.modeling.modules import PLAIN
 
-    packed = {
-        f"{name}.{leaf}": fmt
-        for name, module in model.named_modules()
-        if isinstance(module, Packed)
-        for leaf, fmt in module.formats.items()
-    }
+    packed = packed_formats(model)
     for name, old in list(model.named_parameters(remove_duplicate=False)):
         if name == "lm_head.weight" and checkpoint.tied:
             continue

@@ -25,7 +25,7 @@ from quantkit.encoders.ggml import encoding_on
 from quantkit.errors import FormatError, PlanError
 from quantkit.formats import get_format
 from quantkit.modeling.modules import Packed, QuantExperts, QuantLinear
-from quantkit.modeling.packed import EXPERTS, fill, formats_of, is_experts, prepare, put, rope_divisors
+from quantkit.modeling.packed import EXPERTS, fill, formats_of, is_experts, packed_formats, prepare, put, rope_divisors
 from quantkit.modeling.skeleton import model_config
 
 METHOD = "quantkit"
@@ -94,7 +94,7 @@ class QuantkitQuantizer(HfQuantizer):
             self._file = self._folder = None
         elif not self.pre_quantized and config.format is not None:
             _quantize(model, config.format, tuple(config.modules_to_not_convert or ("lm_head",)))
-            if not (found := _packed_formats(model)):
+            if not (found := packed_formats(model)):
                 raise PlanError(f"no layer of the model fits {config.format}", hint="choose another format, such as Q8_0")
             config.formats, config.format = found, None
         self.pre_quantized = True
@@ -124,12 +124,6 @@ def mark(model: Any, formats: dict[str, str], divisors: list[float] | None) -> N
     model.config.quantization_config = config
     model.hf_quantizer = QuantkitQuantizer(config, pre_quantized=True)
     model.is_quantized, model.quantization_method = True, METHOD
-
-
-def _packed_formats(model: nn.Module) -> dict[str, str]:
-    """Parameter → format of everything packed in a model."""
-    packed = [(name, module) for name, module in model.named_modules() if isinstance(module, Packed)]
-    return {f"{name}.{parameter}": fmt for name, module in packed for parameter, fmt in module.formats.items()}
 
 
 def _quantize(model: Any, fmt: str, skipped: tuple[str, ...]) -> None:
