@@ -8,6 +8,7 @@ held-out TinyStories and WikiText-2 test, read here only, and writes a greedy sa
 
 from __future__ import annotations
 
+import argparse
 import collections
 import tempfile
 from pathlib import Path
@@ -71,6 +72,7 @@ def make_dynamic(
 
 def main() -> None:
     """Rows for each size, text and file; writes benchmarks/results/low_bits.json."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     model = SHARED / "models" / MODEL
     checkpoint = open_checkpoint(model)
     rows = []

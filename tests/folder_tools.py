@@ -7,9 +7,9 @@ from pathlib import Path
 import tiny
 import torch
 
-import quantkit
 from quantkit.checkpoint import open_checkpoint
 from quantkit.formats.tensors import get_tensor_format
+from quantkit.modeling.skeleton import materialized_model
 from quantkit.quantizer import folder
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "num_hidden_layers": 1}
@@ -44,7 +44,7 @@ def load(path: Path):
 def decoded(source: Path, out: Path):
     """The unquantized model with the weights that quantkit reads from ``out``, rounded to bfloat16."""
     model = load(source)
-    model.load_state_dict({key: value.bfloat16() for key, value in quantkit.load(out).state_dict().items()})
+    model.load_state_dict({key: value.bfloat16() for key, value in materialized_model(open_checkpoint(out)).state_dict().items()})
     return model
 
 

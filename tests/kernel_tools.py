@@ -15,13 +15,18 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from quantkit.formats import formats, get_format
+from quantkit.formats import formats
+from quantkit.formats.tensors.blocks import packed_format
 from quantkit.kernels import dequantize as driver
 from quantkit.kernels import product, repack
 from quantkit.kernels.packing import Packing
 from quantkit.kernels.settings import Settings, using
 
-BLOCKED = [fmt for fmt in formats() if fmt.codes is not None]
+# What layers keep of safetensors files: one for each kind of scale, zero point and code.
+IN_MEMORY = [
+    "INT4_F32_16", "INT4_BF16_128", "UINT4_F16_128", "INT8_BF16_64", "NF4_F32_64", "E4M3_BF16_128", "E5M2_F32_32", "E2M1_E4M3_256",
+]  # fmt: skip
+BLOCKED = [fmt for fmt in formats() if fmt.codes is not None] + [packed_format(name) for name in IN_MEMORY]
 SHARED = {75: 65_536, 80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes that a program may have
 EXACT = 1e-6  # float32 sums against float64, in shares of the sum of sizes
 
@@ -30,10 +35,13 @@ def packed(fmt, blocks: int, seed: int = 0) -> np.ndarray:
     """Random bytes, with scales and minimums that are numbers: uint8 (blocks, bytes)."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (blocks, fmt.block_bytes())).astype(np.uint8)
-    for field in (fmt.block_scale, fmt.block_minimum):
+    records = raw.view(fmt.layout).reshape(blocks)
+    for field in (fmt.block_scale, fmt.block_minimum, fmt.block_divisor):
         if isinstance(field, str):
-            at = int(fmt.layout.fields[field][1])
-            raw[:, at : at + 2] = (0.1 * rng.standard_normal(blocks)).astype(np.float16).view(np.uint8).reshape(blocks, 2)
+            number = 0.1 * rng.standard_normal(blocks) if field != fmt.block_divisor else rng.uniform(1, 9, blocks)
+            records[field] = number.astype(np.float32).view(np.uint32) >> 16 if fmt.scale_type == "BF16" else number
+    if fmt.float_bits is not None and fmt.codes.width == 8:  # codes that are numbers
+        records["qs"][~np.isfinite(np.array(fmt.values.entries)[records["qs"]])] = 0
     if fmt.scale_table is not None:  # exponents near one
         at = int(next(iter(fmt.scales.positions(fmt.layout).flat))) // 8
         raw[:, at : at + fmt.groups()] = (
@@ -70,7 +78,7 @@ def interpret(names: list[str]) -> None:
     torch.Tensor.new_empty = lambda self, *a, **k: _poisoned(new_empty(self, *a, **k))
     for name in names:
         for planes in (False, True):
-            packing = Packing(get_format(name), planes)
+            packing = Packing(packed_format(name), planes)
             decode(packing)
             products(packing)
             experts(packing)
@@ -126,7 +134,7 @@ def experts(packing: Packing) -> None:
     data, each = laid(raw, packing).reshape(3, 13, -1), weight.reshape(3, 13, -1)
     x, back = torch.randn(21, each.shape[2]), torch.randn(21, 13)
     out, out_back = product.grouped(x, data, packing, ends), product.grouped(back, data, packing, ends, transposed=True)
-    other = Packing(get_format("Q4_0"))
+    other = Packing(packed_format("Q4_0"))
     raw_up, weight_up = matrix(other.format, 3 * 13, each.shape[2] // 32, seed=1)
     up = weight_up.reshape(3, 13, -1)
     made = product.swiglu(x, data, raw_up.reshape(3, 13, -1), (packing, other), ends)
@@ -181,7 +189,7 @@ def encode_all() -> None:
     x = hard_rows()
     importance = np.random.default_rng(1).gamma(0.5, 2.0, x.shape[1]).astype(np.float32)
     for name in ENCODERS:
-        fmt = get_format(name)
+        fmt = packed_format(name)
         for given in (None, importance):
             ours = encode(torch.from_numpy(x), fmt, None if given is None else torch.from_numpy(given)).numpy()
             theirs = get_encoder("ggml").encode(x, given, fmt)
@@ -194,7 +202,7 @@ def compile_ahead(target: int, names: list[str]) -> None:
     for what, (program, arguments) in encoders().items():
         print(json.dumps(["encode", what, machine_code(program, arguments, target)]), flush=True)
     for name in names:
-        packing = Packing(get_format(name), repack.gains(get_format(name)))  # as it lies on a GPU
+        packing = Packing(packed_format(name), repack.gains(packed_format(name)))  # as it lies on a GPU
         for what, (program, arguments) in programs(packing, torch.float16 if target < 80 else torch.bfloat16, target).items():
             if target >= 80 or what in ("dequantize", "matvec"):  # the others are not used there
                 print(json.dumps([name, what, machine_code(program, arguments, target)]), flush=True)

@@ -337,10 +337,11 @@ def test_the_command_line(dense, tmp_path, monkeypatch):
     assert "use --runtime torch" in command("compare", dense, "mx", "--runtime", "llama", ok=False).stderr
 
 
-def test_loading_gives_the_decoded_weights(dense, tmp_path):
+def test_loading_keeps_the_weights_packed_and_gives_what_they_decode_to(dense, tmp_path):
     path, manifest = quantkit.quantize(dense, tmp_path / "out", "uniform:AWQ_INT4_G32", split_bytes=2 << 20)
     assert path == tmp_path / "out" and len(manifest.files) > 3
     model, fmt = quantkit.load(path), get_tensor_format("AWQ_INT4_G32")
     weight = quantkit.load(dense).state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy()
     expected = fmt.decode(fmt.encode(weight), weight.shape)
-    assert np.array_equal(model.state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy(), expected)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.formats == {"weight": "UINT4_F16_32"} and np.array_equal(layer.dequantized().numpy(), expected)

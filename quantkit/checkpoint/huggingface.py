@@ -6,7 +6,7 @@ If config.json has a ``quantization_config``, the weights are decoded when they 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from quantkit.checkpoint.shapes import check_config, expected_shapes
 from quantkit.checkpoint.source import Checkpoint, TensorInfo
 from quantkit.checkpoint.tokenizer import tokenizer_metadata
 from quantkit.errors import CheckpointError
+from quantkit.formats.tensors.parts import Parts
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -185,6 +186,19 @@ class HfCheckpoint(Checkpoint):
     def nbytes(self, name: str) -> int:
         parts = self._parts.get(name)
         return sum(part.file.entries[part.name].nbytes for part in parts) if parts else self._computed[name].nbytes
+
+    def quantized_parts(self, name: str) -> Iterator[Parts] | None:
+        """Codes and scales of a tensor (of each of its experts, read one by one) in the folder's own order of rows.
+
+        None for tensors that are not quantized. Raises CheckpointError for damaged ones.
+        """
+        pieces = self._parts.get(name, [])
+        files = [part.file for part in pieces]
+        if not pieces or not all(
+            isinstance(file, DecodedTensors) and file.is_quantized(part.name) for file, part in zip(files, pieces, strict=True)
+        ):
+            return None
+        return (part.file.parts(part.name) for part in pieces)  # type: ignore[attr-defined]
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         if name in self._computed:

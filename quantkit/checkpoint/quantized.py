@@ -5,7 +5,7 @@ Several stored tensors appear as one, whose type is the format's name, and are d
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from quantkit.checkpoint.shapes import Shape, split_name
 from quantkit.errors import CheckpointError, FormatError
 from quantkit.formats.tensors import TensorFormat, TensorLayout
 from quantkit.formats.tensors.minifloat import bfloat16_decode, bfloat16_encode
+from quantkit.formats.tensors.parts import Parts
 
 Stored = dict[str, tuple[SafetensorsFile, str]]  # suffix after the module's name → where the tensor lies
 SCALE = "weight_scale"
@@ -123,11 +124,19 @@ class DecodedTensors:
         return self._last[1][start:stop].copy()
 
     def _decoded(self, name: str) -> npt.NDArray[np.float32]:
+        return self.parts(name).weight()
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether an entry has codes and scales."""
+        return name in self._quantized
+
+    def parts(self, name: str) -> Parts:
+        """Codes and scales of a quantized weight. Raises CheckpointError for damaged tensors."""
         weight = self._quantized[name]
         tensors = {suffix: shard.read_bits(stored) for suffix, (shard, stored) in weight.stored.items()}
         dtypes = {suffix: shard.entries[stored].dtype for suffix, (shard, stored) in weight.stored.items()}
         try:
-            return _decode(weight.format, weight.shape, tensors, dtypes)
+            return _parts(weight.format, weight.shape, tensors, dtypes)
         except FormatError as error:
             raise CheckpointError(f"{self._source}: {name}: {error.what}", hint="the folder is damaged") from None
 
@@ -166,10 +175,8 @@ def _same_type(name: str, found: Entry, wanted: TensorLayout) -> bool:
     return found.dtype == wanted.dtype or (scale and found.dtype in floats and wanted.dtype in floats)
 
 
-def _decode(
-    fmt: type[TensorFormat], shape: tuple[int, int], tensors: dict[str, np.ndarray], dtypes: dict[str, str]
-) -> npt.NDArray[np.float32]:
-    """Decode tensors whose scales may be in another float type than quantkit writes."""
+def _parts(fmt: type[TensorFormat], shape: tuple[int, int], tensors: dict[str, np.ndarray], dtypes: dict[str, str]) -> Parts:
+    """Take tensors apart whose scales may be in another float type than quantkit writes."""
     factor = None
     for name, wanted in fmt.layout(shape).items():
         if "quant_state" in name:
@@ -177,11 +184,10 @@ def _decode(
         value = tensors[name].reshape(wanted.shape)
         if dtypes[name] != wanted.dtype:
             value = bfloat16_decode(value) if dtypes[name] == "BF16" else value
-            if wanted.dtype == "BF16":  # decoded with scales of one, then multiplied by the true ones
+            if wanted.dtype == "BF16":  # read as scales of one, then multiplied by the true ones
                 factor, value = value.astype(np.float32), bfloat16_encode(np.ones(wanted.shape, np.float32))
         tensors[name] = value.astype(wanted.numpy(), copy=False)
-    out = fmt.decode(tensors, shape)
-    if factor is not None:
-        factor = factor.reshape(len(factor), -1)  # (1, 1), or (rows, groups)
-        out.reshape(*factor.shape, -1)[...] *= factor[:, :, None]
-    return out
+    out = fmt.parts(tensors, shape)
+    if factor is None:
+        return out
+    return replace(out, scale=out.scale * factor.reshape(len(factor), -1), scale_type="F32")  # (1, 1), or (rows, groups)

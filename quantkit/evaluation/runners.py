@@ -32,7 +32,7 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """transformers' modules, float32; decoded weights, or (packed) those of a quantized GGUF as they are."""
+    """transformers' modules, float32; decoded weights, or (packed) those of a quantized file or folder as they are."""
 
     def __init__(self, checkpoint: Checkpoint, packed: bool = False, device: str = "cpu") -> None:
         packed = packed or device != "cpu"
@@ -130,7 +130,7 @@ class RunnerPool:
     def _bytes(self, checkpoint: Checkpoint) -> int:
         """What a loaded model takes at most."""
         plain = all(info.dtype in checkpoint.plain_types for info in checkpoint.tensors.values())
-        packed = self._device != "cpu" and isinstance(checkpoint, GgufCheckpoint) and not plain
+        packed = self._device != "cpu" and not plain
         return sum(path.stat().st_size for path in checkpoint.weight_files) if packed else 4 * checkpoint.n_weights
 
     def _start(self, checkpoint: Checkpoint) -> Runner:

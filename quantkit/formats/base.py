@@ -34,14 +34,15 @@ class Format:
     Class attributes
     ----------------
     name: the name users know, as llama.cpp prints it in upper case (``Q4_K``).
-    gguf_id: ``ggml_type`` number in a GGUF file.
+    gguf_id: ``ggml_type`` number in a GGUF file; formats without one are not registered (tensors/blocks.py).
     elements: weights in one block.
     layout: structured dtype of one block; its item size is the bytes per block.
     codes, values: the integers kept for each weight (or group of a code book) and what they stand for.
-    block_scale: the half-precision scale: a field's name, or the integers that hold its bits.
+    block_scale: the scale: a field's name, or the integers that hold its bits. scale_type: F16, BF16 (as its bits) or F32.
     scales, scale_rule: one integer for each group of weights, and its effect. scale_table: the scales
-        themselves by integer (name in grids.py) where there is no half-precision scale.
-    block_minimum, minimums: the same for minimums; minimum_sign is +1 where they are added.
+        themselves by integer (name in grids.py) where there is no block scale. block_divisor: a field that divides them.
+    block_minimum, minimums: the same for minimums, in half precision; minimum_sign is +1 where they are added.
+    zeros: one integer for each group, taken from its codes.
     signs: a set bit negates a weight; 7-bit integers hold eight signs of even parity.
     shifts, shift: a set bit shifts values by −shift, a clear one by +shift.
     has_zero: some code decodes to exactly zero in every block.
@@ -60,12 +61,15 @@ class Format:
     codes: ClassVar[Integers | Trits | None] = None
     values: ClassVar[Linear | Table | Grid] = Linear()
     block_scale: ClassVar[str | Integers | None] = "d"
+    scale_type: ClassVar[str] = "F16"
     scales: ClassVar[Integers | None] = None
     scale_rule: ClassVar[ScaleRule] = ScaleRule()
     scale_table: ClassVar[str | None] = None
+    block_divisor: ClassVar[str | None] = None
     block_minimum: ClassVar[str | None] = None
     minimums: ClassVar[Integers | None] = None
     minimum_sign: ClassVar[int] = 1
+    zeros: ClassVar[Integers | None] = None
     signs: ClassVar[Integers | None] = None
     shifts: ClassVar[Integers | None] = None
     shift: ClassVar[float] = 0.0
@@ -80,7 +84,7 @@ class Format:
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if not cls.name:
+        if not cls.name or cls.gguf_id < 0:
             return
         if cls.name in _REGISTRY:
             raise ValueError(f"format {cls.name} is registered twice")
@@ -134,7 +138,10 @@ class Format:
     @classmethod
     def integers(cls) -> dict[str, Integers | Trits]:
         """The vectors of integers of a block, by name."""
-        found = {"scales": cls.scales, "minimums": cls.minimums, "signs": cls.signs, "shifts": cls.shifts, "codes": cls.codes}
+        found = {
+            "scales": cls.scales, "minimums": cls.minimums, "zeros": cls.zeros, "signs": cls.signs, "shifts": cls.shifts,
+            "codes": cls.codes,
+        }  # fmt: skip
         out: dict[str, Integers | Trits] = {name: part for name, part in found.items() if part is not None}
         if isinstance(cls.block_scale, Integers):
             out["block_scale"] = cls.block_scale
@@ -142,10 +149,10 @@ class Format:
 
     @classmethod
     def unpack(cls, data: npt.NDArray[np.uint8]) -> dict[str, np.ndarray]:
-        """Packed bytes as their integers and half-precision fields, each (blocks, items)."""
+        """Packed bytes as their integers and floating-point fields, each (blocks, items)."""
         blocks = cls.blocks(data)
         out: dict[str, np.ndarray] = {name: part.unpack(blocks) for name, part in cls.integers().items()}
-        for name in (cls.block_scale, cls.block_minimum):
+        for name in (cls.block_scale, cls.block_minimum, cls.block_divisor):
             if isinstance(name, str):
                 out[name] = blocks[name].copy()
         return out
@@ -198,6 +205,8 @@ class Format:
         assert cls.codes is not None
         codes = cls.codes.unpack(blocks)
         if isinstance(cls.values, Linear):
+            if cls.zeros is not None:
+                codes = codes.reshape(len(blocks), cls.groups(), -1) - cls.zeros.unpack(blocks)[:, :, None]
             out = (codes - cls.values.zero).astype(F32)
         elif isinstance(cls.values, Table):
             out = np.array(cls.values.entries, F32)[codes]
@@ -230,13 +239,15 @@ class Format:
         """The scale of every group: float32 (blocks, groups)."""
         if cls.scale_table is not None:
             assert cls.scales is not None
-            return table(cls.scale_table)[cls.scales.unpack(blocks)]
+            found = table(cls.scale_table)[cls.scales.unpack(blocks)]
+            return found if cls.block_divisor is None else found / blocks[cls.block_divisor][:, None]
         if isinstance(cls.block_scale, Integers):
             pieces = cls.block_scale.unpack(blocks)
             places = cls.block_scale.width * np.arange(pieces.shape[1])
             d = (pieces << places).sum(1).astype(np.uint16).view(np.float16).astype(F32)
         else:
-            d = blocks[cls.block_scale].astype(F32)
+            d = blocks[cls.block_scale]
+            d = (d.astype(np.uint32) << np.uint32(16)).view(F32) if cls.scale_type == "BF16" else d.astype(F32)
         if cls.scales is None:
             return d[:, None]
         rule = cls.scale_rule

@@ -22,7 +22,7 @@ WIDTH = 64  # characters of the bar
 def largest_value(fmt: type[Format]) -> int:
     """Largest magnitude among the integers that a format's codes stand for."""
     if isinstance(fmt.values, Table):
-        return max(map(abs, fmt.values.entries))
+        return int(max(map(abs, fmt.values.entries)))
     if isinstance(fmt.values, Grid):
         return int(np.abs(grid(fmt.values.name)).max())
     assert isinstance(fmt.values, Linear)

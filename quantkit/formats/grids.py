@@ -40,6 +40,7 @@ def table(name: str) -> np.ndarray:
     even_signs: uint8 (128,), eight sign bits with an even number of ones from their lower seven.
     e8m0_half: float32 (256,), half of a power of two given by its biased exponent (OCP MX v1.0, E8M0; no NaN).
     ue4m3_half: float32 (256,), half of an unsigned E4M3 number; its NaN pattern counts as zero, as in ggml.
+    e4m3_half: float32 (256,), half of an E4M3 number.
     """
     code = np.arange(256)
     if name == "even_signs":
@@ -52,4 +53,8 @@ def table(name: str) -> np.ndarray:
         exponent, mantissa = (code >> 3) & 15, code & 7
         value = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), np.ldexp(1 + mantissa / 8, exponent - 7))
         return np.where(code == 0x7F, 0, value / 2).astype(np.float32)
+    if name == "e4m3_half":
+        from quantkit.formats.tensors.minifloat import E4M3
+
+        return E4M3.values / np.float32(2)
     raise FormatError(f"there is no table {name!r}")

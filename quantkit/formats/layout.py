@@ -168,9 +168,14 @@ class Linear:
 
 @dataclass(frozen=True)
 class Table:
-    """A code stands for the entry of a table of small integers."""
+    """A code stands for the entry of a table: of small integers, or of any numbers in single precision."""
 
-    entries: tuple[int, ...]
+    entries: tuple[int, ...] | tuple[float, ...]
+
+    @property
+    def whole(self) -> bool:
+        """Whether all entries are integers of eight bits."""
+        return all(isinstance(entry, int) for entry in self.entries)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from quantkit.formats.layout import Integers, Trits
 from quantkit.formats.loops_half import OPTIONS, from_half
 
 NOWHERE = np.zeros((1, 1, 4), np.int32)
+NUMBERS = ("F16", "BF16", "F32")  # types of floating-point fields, as ``number_at`` counts them
 
 
 def field_offset(fmt: type[Format], name: str) -> int:
@@ -69,6 +70,18 @@ def store(raw, where, item, value):
 def half_at(raw, at):
     """The half-precision number at a byte."""
     return from_half(np.uint16(raw[at]) | (np.uint16(raw[at + 1]) << np.uint16(8)))
+
+
+@njit(inline="always", **OPTIONS)
+def number_at(raw, at, number):
+    """The floating-point number at a byte. number: its type's place in NUMBERS."""
+    if number == 0:
+        return half_at(raw, at)
+    bits = np.uint32(0)
+    for k in range(2 * number):
+        bits |= np.uint32(raw[at + k]) << np.uint32(8 * k)
+    bits <<= np.uint32(16 if number == 1 else 0)
+    return np.uint32(bits).view(np.float32)
 
 
 @njit(inline="always", **OPTIONS)

@@ -16,7 +16,7 @@ from numba import njit
 from quantkit.formats.base import Format
 from quantkit.formats.grids import grid, table
 from quantkit.formats.layout import Grid, Integers, Linear, Table, Trits
-from quantkit.formats.loops_bits import fetch, field_offset, half_at, pieces, plane_facts, read_plane
+from quantkit.formats.loops_bits import NUMBERS, fetch, field_offset, half_at, number_at, pieces, plane_facts, read_plane
 from quantkit.formats.loops_half import OPTIONS, from_half
 
 F32 = np.float32
@@ -28,25 +28,41 @@ def make_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]:
 
 
 def scale_facts(fmt: type[Format]) -> tuple[Any, ...]:
-    """What ``fill_scales`` needs: kind, byte of the half, pieces of it, pieces of the scales, sign bit, rule, table."""
+    """What ``fill_scales`` needs: kind, byte of the number and its type, pieces of it, pieces of the scales, sign bit, rule, table."""
     kind = 2 if fmt.scale_table else 1 if fmt.scales is not None else 0
-    half = field_offset(fmt, fmt.block_scale) if isinstance(fmt.block_scale, str) else -1
+    number = fmt.block_divisor if fmt.scale_table else fmt.block_scale
+    at = field_offset(fmt, number) if isinstance(number, str) else -1
     split = pieces(fmt.block_scale if isinstance(fmt.block_scale, Integers) else None, fmt)
     flip = 1 << (fmt.scales.width - 1) if fmt.scales is not None and fmt.scales.signed else 0
     rule = fmt.scale_rule
     entries = table(fmt.scale_table) if fmt.scale_table else np.ones(1, F32)
-    return kind, half, split, pieces(fmt.scales, fmt), flip, F32(rule.offset), F32(rule.step), F32(rule.factor), entries
+    return (
+        kind,
+        at,
+        NUMBERS.index(fmt.scale_type),
+        split,
+        pieces(fmt.scales, fmt),
+        flip,
+        F32(rule.offset),
+        F32(rule.step),
+        F32(rule.factor),
+        entries,
+    )
 
 
 @njit(inline="always", **OPTIONS)
-def fill_scales(raw, scales, groups, kind, half, split, where, flip, offset, step, factor, entries):
+def fill_scales(raw, scales, groups, kind, at, number, split, where, flip, offset, step, factor, entries):
     """Scales of a block's groups, float32 (groups,). kind 0: one for the block, 1: by rule, 2: by table."""
     if kind == 2:
         for g in range(groups):
             scales[g] = entries[fetch(raw, where, g)]
+        if at >= 0:
+            d = number_at(raw, at, number)
+            for g in range(groups):
+                scales[g] = scales[g] / d
     else:
-        if half >= 0:
-            d = half_at(raw, half)
+        if at >= 0:
+            d = number_at(raw, at, number)
         else:
             bits = np.int32(0)
             for k in range(split.shape[0]):
@@ -97,7 +113,7 @@ def plane_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]
     elements, groups, step_size = fmt.elements, fmt.groups(), segment(fmt)
     size = elements // groups
     length = step_size or size
-    kind, half, split, where, flip_s, offset, step, factor, entries = scale_facts(fmt)
+    kind, at, number, split, where, flip_s, offset, step, factor, entries = scale_facts(fmt)
     (at0, bits0, run0, count0, chunks0, mask0, _), (at1, bits1, run1, count1, chunks1, mask1, to1) = plane_facts(fmt)
     trits, two = isinstance(fmt.codes, Trits), mask1 > 0
     runs = np.array([(0, 0, 1, 0)])
@@ -107,6 +123,7 @@ def plane_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]
     zero = fmt.values.zero if isinstance(fmt.values, Linear) else 0
     values = np.array(fmt.values.entries, F32) if isinstance(fmt.values, Table) else np.zeros(1, F32)
     by_table, has_minimum = isinstance(fmt.values, Table), fmt.block_minimum is not None
+    zeros, has_zeros = pieces(fmt.zeros, fmt), fmt.zeros is not None
     half_minimum = field_offset(fmt, fmt.block_minimum) if fmt.block_minimum else 0
     minimums, sign, quantized_minimum = pieces(fmt.minimums, fmt), F32(fmt.minimum_sign), fmt.minimums is not None
 
@@ -119,7 +136,7 @@ def plane_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]
             if step_size == 0 and not trits:
                 read_plane(raw, codes, at0, bits0, run0, count0, chunks0, mask0, 0)
                 read_plane(raw, codes, at1, bits1, run1, count1, chunks1, mask1, to1)
-            fill_scales(raw, scales, groups, kind, half, split, where, flip_s, offset, step, factor, entries)
+            fill_scales(raw, scales, groups, kind, at, number, split, where, flip_s, offset, step, factor, entries)
             m = half_at(raw, half_minimum) if has_minimum else F32(0)
             if trits:
                 read_digits(raw, dst, runs, scales[0], np.int32(zero))
@@ -130,6 +147,9 @@ def plane_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]
                 minimum = F32(0)
                 if has_minimum:
                     minimum = sign * (m * F32(fetch(raw, minimums, first // size)) if quantized_minimum else m)
+                middle = np.int32(zero)
+                if has_zeros:
+                    middle += fetch(raw, zeros, first // size)
                 byte0, shift0 = place(at0, bits0, run0, count0, first)
                 byte1, shift1 = place(at1, bits1, run1, count1, first)
                 for i in range(count):
@@ -139,7 +159,7 @@ def plane_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]
                             code |= ((np.int32(raw[np.uintp(byte1 + i)]) >> np.int32(shift1)) & np.int32(mask1)) << np.int32(to1)
                     else:
                         code = np.int32(codes[first + i])
-                    value = values[code] if by_table else F32((code ^ np.int32(flip)) - np.int32(flip) - np.int32(zero))
+                    value = values[code] if by_table else F32((code ^ np.int32(flip)) - np.int32(flip) - middle)
                     dst[np.uintp(first + i)] = s * value + minimum if has_minimum else s * value
 
     return decode
@@ -150,7 +170,7 @@ def book_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]:
     assert isinstance(fmt.values, Grid) and isinstance(fmt.codes, Integers)
     book = np.ascontiguousarray(grid(fmt.values.name))  # int8: small enough for the first cache
     width, groups, elements = book.shape[1], fmt.groups(), fmt.elements
-    kind, half, split, where, flip_s, offset, step, factor, entries = scale_facts(fmt)
+    kind, at, number, split, where, flip_s, offset, step, factor, entries = scale_facts(fmt)
     codes = pieces(fmt.codes, fmt)
     signs, shifts = pieces(fmt.signs, fmt), pieces(fmt.shifts, fmt)
     has_signs, has_shifts = fmt.signs is not None, fmt.shifts is not None
@@ -166,7 +186,7 @@ def book_decoder(fmt: type[Format]) -> Callable[[np.ndarray, np.ndarray], None]:
         scales = np.empty(groups, F32)
         for b in range(blocks.shape[0]):
             raw, dst = blocks[b], out[b]
-            fill_scales(raw, scales, groups, kind, half, split, where, flip_s, offset, step, factor, entries)
+            fill_scales(raw, scales, groups, kind, at, number, split, where, flip_s, offset, step, factor, entries)
             if has_shifts:
                 for p in range(elements // shift_size):
                     up = -shift if fetch(raw, shifts, p) else shift

@@ -12,7 +12,7 @@ import numpy as np
 from quantkit.errors import FormatError
 from quantkit.formats import Format
 from quantkit.formats.grids import grid, table
-from quantkit.formats.layout import Grid
+from quantkit.formats.layout import Grid, Table
 from quantkit.kernels.source import decoder_source, pieces_of
 
 if TYPE_CHECKING:
@@ -64,13 +64,15 @@ def decoder(fmt: type[Format], planes: bool = False) -> Decoder:
 
 @cache
 def tables(fmt: type[Format], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of the code book, one integer each; values of the scales' table), on a device; one zero where there is none."""
+    """(rows of the code book, one integer each; numbers of the scales' or the codes' table), on a device; a zero where there is none."""
     import torch
 
-    book, scales = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    book, floats = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     if isinstance(fmt.values, Grid):
         rows = np.ascontiguousarray(grid(fmt.values.name))
         book = torch.from_numpy(rows.view(np.int64 if rows.shape[1] == 8 else np.int32).reshape(-1).copy())
     if fmt.scale_table is not None:
-        scales = torch.from_numpy(table(fmt.scale_table).copy())
-    return book.to(device), scales.to(device)
+        floats = torch.from_numpy(table(fmt.scale_table).copy())
+    elif isinstance(fmt.values, Table) and not fmt.values.whole:
+        floats = torch.tensor(fmt.values.entries, dtype=torch.float32)
+    return book.to(device), floats.to(device)

@@ -317,7 +317,7 @@ def _values(name: str) -> tuple[int, ...]:
 
     values = get_format(name).values
     assert isinstance(values, Values)
-    return values.entries
+    return tuple(int(entry) for entry in values.entries)
 
 
 def _mxfp4(x: Tensor, importance: Tensor | None) -> Parts:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantkit.errors import FormatError
-from quantkit.formats import Format, get_format
+from quantkit.formats import Format
+from quantkit.formats.tensors.blocks import packed_format
 from quantkit.kernels import repack
 from quantkit.kernels.decoders import Decoder, decoder, tables
 
@@ -25,8 +26,8 @@ class Packing:
 
     @classmethod
     def of(cls, name: str) -> Packing:
-        """``Q6_K`` or ``Q6_K:planes``. Raises FormatError for an unknown format."""
-        return cls(get_format(name.removesuffix(PLANES)), name.endswith(PLANES))
+        """``Q6_K`` or ``Q6_K:planes``, or a format of formats/tensors/blocks.py. Raises FormatError for an unknown format."""
+        return cls(packed_format(name.removesuffix(PLANES)), name.endswith(PLANES))
 
     def __str__(self) -> str:
         return self.format.name + (PLANES if self.planes else "")
@@ -41,9 +42,9 @@ class Packing:
 
     def arguments(self, data: torch.Tensor, suffix: str = "") -> dict[str, Any]:
         """What a program needs to decode ``data``; with a suffix where it decodes two."""
-        made, (book, scales) = self.decoder(), tables(self.format, str(data.device))  # type: ignore[arg-type]
+        made, (book, floats) = self.decoder(), tables(self.format, str(data.device))  # type: ignore[arg-type]
         found = {
-            "raw": data, "book": book, "scales": scales, "blocks": data.shape[-1] // self.format.block_bytes(),
+            "raw": data, "book": book, "floats": floats, "blocks": data.shape[-1] // self.format.block_bytes(),
             "total": data.numel() // self.format.block_bytes(), "DECODE": made.decode, "PIECES": made.pieces, "ELEMENTS": self.format.elements,
         }  # fmt: skip
         return {f"{name}{suffix}": value for name, value in found.items()}

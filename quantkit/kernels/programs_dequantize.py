@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def dequantize(
-    raw, out, ids, count, blocks, total, book, scales, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
+    raw, out, ids, count, blocks, total, book, floats, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
     ELEMENTS: tl.constexpr, GATHER: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """TOGETHER whole blocks a program, of all rows or (GATHER) of the rows in ``ids``; rows that are not there are zeros.
@@ -25,5 +25,5 @@ def dequantize(
     else:
         inside = live
     for piece in tl.static_range(PIECES):
-        weight = tl.where(inside, DECODE(raw, block, tl.cast(total, tl.int64), inside, book, scales, piece), 0.0)
+        weight = tl.where(inside, DECODE(raw, block, tl.cast(total, tl.int64), inside, book, floats, piece), 0.0)
         tl.store(out + to * ELEMENTS + WHERE(piece), weight.to(out.dtype.element_ty), mask=live)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def matvec(
-    x, raw, out, rows, blocks, total, book, scales, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
+    x, raw, out, rows, blocks, total, book, floats, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
     ELEMENTS: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """ROWS outputs of one token a program: out[token, row] = Σ x[token, column] · weight[row, column].
@@ -31,7 +31,7 @@ def matvec(
         block = (first + inside)[:, None, None]
         live = (row[:, None, None] < rows) & (block < blocks)
         for piece in tl.static_range(PIECES):
-            weight = DECODE(raw, row[:, None, None] * blocks + block, tl.cast(total, tl.int64), live, book, scales, piece)
+            weight = DECODE(raw, row[:, None, None] * blocks + block, tl.cast(total, tl.int64), live, book, floats, piece)
             given = tl.load(x + (token * blocks + block) * ELEMENTS + WHERE(piece), mask=live, other=0.0)
             part = tl.where(live, weight * given.to(tl.float32), 0.0)
             if RUNS == 0:
@@ -46,7 +46,7 @@ def matvec(
 
 @triton.jit
 def decoded(
-    raw, row, last, block, blocks, total, book, scales, DECODE: tl.constexpr, piece: tl.constexpr, ROWS: tl.constexpr,
+    raw, row, last, block, blocks, total, book, floats, DECODE: tl.constexpr, piece: tl.constexpr, ROWS: tl.constexpr,
     TOGETHER: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """Weights of one piece of TOGETHER blocks from ``block`` on, in ROWS rows from ``row`` on: (ROWS, weights), zero outside.
@@ -56,7 +56,7 @@ def decoded(
     line = (row + tl.arange(0, ROWS * TOGETHER) // TOGETHER)[:, None, None]
     inside = (block + tl.arange(0, ROWS * TOGETHER) % TOGETHER)[:, None, None]
     live = (line < last) & (inside < blocks)
-    weight = tl.where(live, DECODE(raw, line * blocks + inside, tl.cast(total, tl.int64), live, book, scales, piece), 0.0)
+    weight = tl.where(live, DECODE(raw, line * blocks + inside, tl.cast(total, tl.int64), live, book, floats, piece), 0.0)
     width: tl.constexpr = TOGETHER * weight.shape[1] * weight.shape[2]
     return tl.reshape(weight, (ROWS, width)).to(dtype)
 
@@ -73,7 +73,7 @@ def columns_of(
 
 @triton.jit
 def accumulate(
-    x, raw, row, last, token, tokens, blocks, total, book, scales, DECODE: tl.constexpr, PLACE: tl.constexpr,
+    x, raw, row, last, token, tokens, blocks, total, book, floats, DECODE: tl.constexpr, PLACE: tl.constexpr,
     PIECES: tl.constexpr, ELEMENTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Σ weight · x over all columns for ROWS rows and TOKENS tokens: float32 (ROWS, TOKENS). tokens: where they end."""
@@ -82,7 +82,7 @@ def accumulate(
     dtype: tl.constexpr = x.dtype.element_ty
     for block in range(0, blocks, TOGETHER):
         for piece in tl.static_range(PIECES):
-            weight = decoded(raw, row, last, block, blocks, total, book, scales, DECODE, piece, ROWS, TOGETHER, dtype)
+            weight = decoded(raw, row, last, block, blocks, total, book, floats, DECODE, piece, ROWS, TOGETHER, dtype)
             column = columns_of(block, PLACE, piece, weight.shape[1], ELEMENTS, TOGETHER)
             inside = (column < blocks * ELEMENTS)[:, None] & (line < tokens)[None, :]
             given = tl.load(x + line[None, :].to(tl.int64) * blocks * ELEMENTS + column[:, None], mask=inside, other=0.0)
@@ -115,7 +115,7 @@ def store_tile(out, sums, row, token, end, rows, ROWS: tl.constexpr, TOKENS: tl.
 
 @triton.jit
 def matmul(
-    x, raw, out, slots, ends, low, up, rows, tokens, blocks, total, rank, book, scales, DECODE: tl.constexpr,
+    x, raw, out, slots, ends, low, up, rows, tokens, blocks, total, rank, book, floats, DECODE: tl.constexpr,
     PLACE: tl.constexpr, PIECES: tl.constexpr, ELEMENTS: tl.constexpr, GROUPED: tl.constexpr,
     RANK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def matmul(
     expert, row, last, token, end = tile_of(slots, ends, rows, tokens, GROUPED, ROWS, TOKENS)
     if token < end:
         sums = accumulate(
-            x, raw, row, last, token, end, blocks, total, book, scales, DECODE, PLACE, PIECES, ELEMENTS, ROWS, TOKENS, TOGETHER
+            x, raw, row, last, token, end, blocks, total, book, floats, DECODE, PLACE, PIECES, ELEMENTS, ROWS, TOKENS, TOGETHER
         )  # fmt: skip
         own = row - expert * rows
         if RANK > 0:
@@ -143,8 +143,8 @@ def matmul(
 
 @triton.jit
 def swiglu(
-    x, raw_gate, raw_up, out, slots, ends, rows, tokens, blocks_gate, total_gate, book_gate, scales_gate, blocks_up, total_up,
-    book_up, scales_up, DECODE_gate: tl.constexpr, PLACE_gate: tl.constexpr, PIECES_gate: tl.constexpr,
+    x, raw_gate, raw_up, out, slots, ends, rows, tokens, blocks_gate, total_gate, book_gate, floats_gate, blocks_up, total_up,
+    book_up, floats_up, DECODE_gate: tl.constexpr, PLACE_gate: tl.constexpr, PIECES_gate: tl.constexpr,
     ELEMENTS_gate: tl.constexpr, TOGETHER_gate: tl.constexpr, DECODE_up: tl.constexpr, PLACE_up: tl.constexpr,
     PIECES_up: tl.constexpr, ELEMENTS_up: tl.constexpr, TOGETHER_up: tl.constexpr,
     GROUPED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -153,11 +153,11 @@ def swiglu(
     expert, row, last, token, end = tile_of(slots, ends, rows, tokens, GROUPED, ROWS, TOKENS)
     if token < end:
         gate = accumulate(
-            x, raw_gate, row, last, token, end, blocks_gate, total_gate, book_gate, scales_gate, DECODE_gate, PLACE_gate,
+            x, raw_gate, row, last, token, end, blocks_gate, total_gate, book_gate, floats_gate, DECODE_gate, PLACE_gate,
             PIECES_gate, ELEMENTS_gate, ROWS, TOKENS, TOGETHER_gate,
         )  # fmt: skip
         up = accumulate(
-            x, raw_up, row, last, token, end, blocks_up, total_up, book_up, scales_up, DECODE_up, PLACE_up,
+            x, raw_up, row, last, token, end, blocks_up, total_up, book_up, floats_up, DECODE_up, PLACE_up,
             PIECES_up, ELEMENTS_up, ROWS, TOKENS, TOGETHER_up,
         )  # fmt: skip
         store_tile(out, gate / (1.0 + tl.exp(-gate)) * up, row - expert * rows, token, end, rows, ROWS, TOKENS)
@@ -165,7 +165,7 @@ def swiglu(
 
 @triton.jit
 def matmul_transposed(
-    x, raw, out, slots, ends, rows, tokens, blocks, total, book, scales, DECODE: tl.constexpr, PLACE: tl.constexpr,
+    x, raw, out, slots, ends, rows, tokens, blocks, total, book, floats, DECODE: tl.constexpr, PLACE: tl.constexpr,
     SIZE: tl.constexpr, ELEMENTS: tl.constexpr, PIECE: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +178,7 @@ def matmul_transposed(
         line = token + tl.arange(0, TOKENS)
         for row in range(0, rows, ROWS):
             weight = decoded(
-                raw, expert * rows + row, last, block, blocks, total, book, scales, DECODE, PIECE, ROWS, TOGETHER, dtype
+                raw, expert * rows + row, last, block, blocks, total, book, floats, DECODE, PIECE, ROWS, TOGETHER, dtype
             )
             column = row + tl.arange(0, ROWS)
             inside = (line < end)[:, None] & (column < rows)[None, :]

@@ -189,12 +189,14 @@ class Writer:
             code = f"({code} & {2**width - 1})"
         return f"({code} << {to})" if to else code
 
-    def half(self, field: str) -> str:
-        """A half-precision field of every block, float32."""
-        place = int(self.fmt.layout.fields[field][1])  # type: ignore[index]
-        base, origin = self.base(place, place + 1)
-        pointer = f"({base} + {place - origin}).to(tl.pointer_type(tl.float16))"
-        return self.name(f"tl.load({pointer}, mask=live, other=0.0).to(tl.float32)", "half")
+    def number(self, field: str, other: int = 0) -> str:
+        """A floating-point field of every block, float32. other: what masked blocks have."""
+        entry = self.fmt.layout.fields[field]  # type: ignore[index]
+        place, kind = int(entry[1]), {"F16": "float16", "BF16": "int16", "F32": "float32"}[self.fmt.scale_type]
+        base, origin = self.base(place, place + entry[0].itemsize - 1)
+        code = f"tl.load(({base} + {place - origin}).to(tl.pointer_type(tl.{kind})), mask=live, other={other})"
+        bits = self.fmt.scale_type == "BF16"
+        return self.name(f"({code}.to(tl.int32) << 16).to(tl.float32, bitcast=True)" if bits else f"{code}.to(tl.float32)", "d")
 
 
 def scale(out: Writer, groups: Numbers) -> str:
@@ -205,14 +207,15 @@ def scale(out: Writer, groups: Numbers) -> str:
         code = out.integers(fmt.scales, groups)
         if fmt.scale_table == "e8m0_half":
             return out.name(f"tl.where({code} < 2, 0x00200000 << {code}, ({code} - 1) << 23).to(tl.float32, bitcast=True)", "s")
-        return out.name(f"tl.load(scales + {code})", "s")
+        s = out.name(f"tl.load(floats + {code})", "s")
+        return out.name(f"tl.div_rn({s}, {out.number(fmt.block_divisor, other=1)})", "s") if fmt.block_divisor else s
     if isinstance(fmt.block_scale, Integers):
         block = fmt.block_scale
         parts = [f"({out.integers(block, np.full_like(groups, k))} << {block.width * k})" for k in range(block.items(fmt.layout))]
         d = out.name(f"({' | '.join(parts)}).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)", "d")
     else:
         assert fmt.block_scale is not None
-        d = out.half(fmt.block_scale)
+        d = out.number(fmt.block_scale)
     if fmt.scales is None:
         return d
     rule, code = fmt.scale_rule, f"{out.integers(fmt.scales, groups)}.to(tl.float32)"
@@ -227,8 +230,8 @@ def packed_table(entries: tuple[int, ...]) -> list[int]:
     return [int(v) for v in np.frombuffer(raw, np.int64)]
 
 
-def values(out: Writer, number: int) -> str:
-    """What the codes of a piece stand for, float32 (blocks, runs, length), with signs and shifts."""
+def values(out: Writer, number: int, groups: Numbers) -> str:
+    """What the codes of a piece stand for, float32 (blocks, runs, length), with signs and shifts. groups: int64 (runs, 1)."""
     fmt, piece = out.fmt, out.piece
     if isinstance(fmt.codes, Trits):
         return digits(out, number)
@@ -237,14 +240,30 @@ def values(out: Writer, number: int) -> str:
     assert fmt.codes is not None
     code = out.integers(fmt.codes, piece.elements)
     if isinstance(fmt.values, Linear):
+        if fmt.zeros is not None:
+            code = out.name(f"{code} - {out.integers(fmt.zeros, groups)}", "n")
         return out.name(f"({code} - {fmt.values.zero}).to(tl.float32)" if fmt.values.zero else f"{code}.to(tl.float32)", "v")
-    words = packed_table(fmt.values.entries)
+    if fmt.codes.width == 8 and fmt.float_bits is not None:
+        return float8(out, code)
+    if not fmt.values.whole:
+        return out.name(f"tl.load(floats + {code})", "v")
+    words = packed_table(fmt.values.entries)  # type: ignore[arg-type]
     word = (
         f"tl.full({code}.shape, {words[0]}, tl.int64)"
         if len(words) == 1
         else (f"tl.where({code} < 8, tl.full({code}.shape, {words[0]}, tl.int64), tl.full({code}.shape, {words[1]}, tl.int64))")
     )
     return out.name(f"({word} >> (({code} & 7) * 8).to(tl.int64)).to(tl.int8).to(tl.float32)", "v")
+
+
+def float8(out: Writer, code: str) -> str:
+    """E5M2 is the upper half of a half-precision number, E4M3 lies one bit lower in one whose exponent is 8 less."""
+    exponent, mantissa = out.fmt.float_bits  # type: ignore[misc]
+    low = f"(({code} & 127) << {10 - mantissa})"
+    bits = f"({low} | (({code} & 128) << 8)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)"
+    if exponent == 5:
+        return out.name(bits, "v")
+    return out.name(f"tl.where(({code} & 127) == 127, float('nan'), {bits} * 256)", "v")
 
 
 def digits(out: Writer, number: int) -> str:
@@ -287,9 +306,9 @@ def body(fmt: type[Format], piece: Piece, number: int, planes: bool) -> list[str
     """Lines that return a piece's weights."""
     out = Writer(fmt, piece, planes)
     groups = piece.elements[:, :1] // (fmt.elements // fmt.groups())
-    weight = f"{scale(out, groups)} * {values(out, number)}"
+    weight = f"{scale(out, groups)} * {values(out, number, groups)}"
     if fmt.block_minimum is not None:
-        m = out.half(fmt.block_minimum)
+        m = out.number(fmt.block_minimum)
         if fmt.minimums is not None:
             m = out.name(f"{m} * {out.integers(fmt.minimums, groups)}.to(tl.float32)", "m")
         weight = f"{weight} {'-' if fmt.minimum_sign < 0 else '+'} {m}"
@@ -313,7 +332,7 @@ def decoder_source(fmt: type[Format], planes: bool = False) -> str:
             lines.extend(f"        {line}" for line in code)
         lines.append(f"    return {result}")
 
-    decode = "def decode(raw, block, total, live, book, scales, piece: tl.constexpr):"
+    decode = "def decode(raw, block, total, live, book, floats, piece: tl.constexpr):"
     function(decode, [body(fmt, piece, number, planes) for number, piece in enumerate(pieces)], "w")
     shapes = [[*Writer(fmt, piece).lines, f"e = {fitted(piece.elements)}"] for piece in pieces]
     function("def where(piece: tl.constexpr):", shapes, "e")

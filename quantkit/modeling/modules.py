@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.errors import FormatError
-from quantkit.formats import get_format
+from quantkit.formats.tensors.blocks import packed_format
 from quantkit.kernels import ops, repack
 from quantkit.kernels.decoders import tables
 from quantkit.kernels.packing import PLANES, Packing
@@ -30,7 +30,7 @@ class Packed(nn.Module):
     def __init__(self, formats: dict[str, str]) -> None:
         super().__init__()
         for name in formats.values():
-            if name != PLAIN and get_format(name).codes is None:
+            if name != PLAIN and packed_format(name).codes is None:
                 raise FormatError(f"{name} has no blocks to keep packed", hint="use torch's own layers")
         self.formats = dict(formats)
 
@@ -46,7 +46,7 @@ class Packed(nn.Module):
         for name, data in self._parameters.items():
             if data is None or self.formats.get(name, PLAIN) == PLAIN or data.device.type == "meta":
                 continue
-            fmt, on_gpu = get_format(self.formats[name]), data.device.type == "cuda"
+            fmt, on_gpu = packed_format(self.formats[name]), data.device.type == "cuda"
             wanted = planes(name, data) if planes else on_gpu and repack.gains(fmt)
             if wanted != getattr(data, MOVED, False):
                 data.data = repack.pack(data.data, fmt) if wanted else repack.unpack(data.data, fmt)
@@ -87,7 +87,7 @@ def _file_bytes(data: Tensor, fmt: str) -> Tensor:
     version, kept = getattr(data, FILE_BYTES, None) or (None, lambda: None)
     found = kept() if version == data._version else None
     if found is None:
-        found = repack.unpack(data.data, get_format(fmt))
+        found = repack.unpack(data.data, packed_format(fmt))
         setattr(data, FILE_BYTES, (data._version, weakref.ref(found)))
     return found
 

@@ -1,16 +1,21 @@
-"""A quantized GGUF in torch without expanding it: transformers' model whose linear maps, embedding and experts stay packed.
+"""A quantized model in torch without expanding it: transformers' model whose linear maps, embedding and experts stay packed.
 
-Three steps, so that transformers' own loader can take the same way: which parameters are packed (``formats_of``), layers
-for them in a model on the meta device (``prepare``), and their bytes (``fill``).
+Three steps for a GGUF, so that transformers' own loader can take the same way: which parameters are packed
+(``formats_of``), layers for them in a model on the meta device (``prepare``), and their bytes (``fill``). Of a folder
+(``pack_folder``) the bytes say what a layer's format is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+import numpy as np
+
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint, HfCheckpoint
 from quantkit.errors import CheckpointError
 from quantkit.formats import get_format
+from quantkit.formats.tensors.blocks import packed_format, to_blocks
 from quantkit.modeling.skeleton import empty_model, parameter_value, row_order, set_parameter, tensor_names
 
 if TYPE_CHECKING:
@@ -23,18 +28,20 @@ def packed_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, devic
     """The model of a checkpoint, ready to run and to generate; what is quantized stays packed.
 
     dtype: of everything else, and of the activations (float32 by default). Tensors that are not quantized become
-    ordinary parameters, so a checkpoint in BF16 gives an ordinary model. Raises CheckpointError if it cannot be read.
+    ordinary parameters, so a checkpoint in BF16 gives an ordinary model, and so do the few that no block fits
+    (``to_blocks``). Raises CheckpointError if it cannot be read.
     """
     import torch
 
     from quantkit.modeling.plugin_transformers import mark
 
     model = empty_model(checkpoint, cache=True)
-    formats = formats_of(checkpoint, model)
-    prepare(model, formats)
+    prepare(model, formats_of(checkpoint, model))
+    done = pack_folder(checkpoint, model)
+    formats = packed_formats(model)
     if formats:
         mark(model, formats, rope_divisors(checkpoint))
-    fill(checkpoint, model, dtype or torch.float32)
+    fill(checkpoint, model, dtype or torch.float32, done)
     try:
         return model.to(dtype or torch.float32).to(device)
     except (RuntimeError, AssertionError) as error:
@@ -113,8 +120,7 @@ def prepare(model: Any, formats: dict[str, str]) -> None:
             weight = _without_bytes(parts["weight"], *shape)
             made = QuantEmbedding(weight, parts["weight"], module.weight.dtype, module.padding_idx)
         else:
-            experts, both, columns = module.gate_up_proj.shape
-            shapes = dict.fromkeys(EXPERTS[:2], (experts, both // 2, columns)) | {"down_proj": tuple(module.down_proj.shape)}
+            shapes = _expert_shapes(module)
             tensors = {
                 part: _without_bytes(fmt, *shapes[part]) if fmt else module.down_proj.new_empty(shapes[part])
                 for part, fmt in parts.items()
@@ -123,11 +129,17 @@ def prepare(model: Any, formats: dict[str, str]) -> None:
         put(model, name, made)
 
 
+def _expert_shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the three tensors of a layer's experts, (experts, rows, columns)."""
+    experts, both, columns = module.gate_up_proj.shape
+    return dict.fromkeys(EXPERTS[:2], (experts, both // 2, columns)) | {"down_proj": tuple(module.down_proj.shape)}
+
+
 def _without_bytes(fmt: str, *shape: int) -> torch.Tensor:
     """Packed bytes on the meta device for weights of a shape."""
     import torch
 
-    return torch.empty(*shape[:-1], get_format(fmt).row_bytes(shape[-1]), dtype=torch.uint8, device="meta")
+    return torch.empty(*shape[:-1], packed_format(fmt).row_bytes(shape[-1]), dtype=torch.uint8, device="meta")
 
 
 def put(model: Any, name: str, module: Any) -> None:
@@ -144,15 +156,68 @@ def packed_formats(model: Any) -> dict[str, str]:
     return {f"{name}.{parameter}": fmt for name, module in packed for parameter, fmt in module.formats.items()}
 
 
-def fill(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
-    """Give every parameter of a prepared model its value, each on the device where it is (the CPU instead of meta)."""
+def pack_folder(checkpoint: Checkpoint, model: Any) -> set[str]:
+    """Put packed layers in the place of those that a folder has quantized; returns the parameters that they have."""
+    import torch
+
+    from quantkit.modeling.modules import PLAIN, QuantEmbedding, QuantExperts, QuantLinear
+
+    if not isinstance(checkpoint, HfCheckpoint):
+        return set()
+    done: set[str] = set()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            found = _blocks_of(checkpoint, _tensor_of(checkpoint, f"{name}.weight"))
+            if found is None:
+                continue
+            made: Any = (
+                QuantLinear(found[1][0], found[0], module.bias)
+                if isinstance(module, torch.nn.Linear)
+                else QuantEmbedding(found[1][0], found[0], module.weight.dtype, module.padding_idx)
+            )
+        elif is_experts(module):
+            parts = {part: _blocks_of(checkpoint, _tensor_of(checkpoint, f"{name}.{part}")) for part in EXPERTS}
+            if not any(parts.values()):
+                continue
+            formats = {part: found[0] if found else PLAIN for part, found in parts.items()}
+            shapes = _expert_shapes(module)
+            tensors = {part: found[1] if found else module.down_proj.new_empty(shapes[part]) for part, found in parts.items()}
+            made = QuantExperts(tensors, formats, getattr(model.config, "hidden_act", "silu"))
+        else:
+            continue
+        put(model, name, made)
+        done |= {f"{name}.{parameter}" for parameter, fmt in made.formats.items() if fmt}
+    return done
+
+
+def _blocks_of(checkpoint: HfCheckpoint, tensor: str) -> tuple[str, torch.Tensor] | None:
+    """Format and bytes of a folder's tensor, uint8 (experts, rows, bytes of a row); None if it is plain or no block fits."""
+    import torch
+
+    found, formats = [], set()
+    for parts in checkpoint.quantized_parts(tensor) or ():
+        made = to_blocks(parts)
+        if made is None:
+            return None
+        formats.add(made[0].name)
+        found.append(made[1])
+    if len(formats) != 1:  # none, or experts that differ
+        return None
+    return formats.pop(), torch.from_numpy(np.stack(found))
+
+
+def fill(checkpoint: Checkpoint, model: Any, dtype: torch.dtype, done: Collection[str] = ()) -> None:
+    """Give every parameter of a prepared model its value, each on the device where it is (the CPU instead of meta).
+
+    done: parameters that have theirs.
+    """
     import torch
 
     from quantkit.modeling.modules import PLAIN
 
     packed = packed_formats(model)
     for name, old in list(model.named_parameters(remove_duplicate=False)):
-        if name == "lm_head.weight" and checkpoint.tied:
+        if name in done or (name == "lm_head.weight" and checkpoint.tied):
             continue
         if packed.get(name, PLAIN) != PLAIN:
             value = packed_tensor(checkpoint, _tensor_of(checkpoint, name))

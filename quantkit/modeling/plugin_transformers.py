@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -23,7 +24,9 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.encoders import get_encoder
 from quantkit.encoders.ggml import encoding_on
 from quantkit.errors import FormatError, PlanError
-from quantkit.formats import get_format
+from quantkit.formats import Format, formats, get_format
+from quantkit.formats.tensors import TensorFormat, get_tensor_format, tensor_formats
+from quantkit.formats.tensors.blocks import to_blocks
 from quantkit.modeling.modules import Packed, QuantExperts, QuantLinear
 from quantkit.modeling.packed import EXPERTS, fill, formats_of, is_experts, packed_formats, prepare, put, rope_divisors
 from quantkit.modeling.skeleton import model_config
@@ -34,7 +37,8 @@ SUFFIX = ".gguf"
 
 @register_quantization_config(METHOD)
 class QuantkitConfig(QuantizationConfigMixin):
-    """format: quantize a model to it while loading (a GGUF format, rounded by ggml's method without activation statistics).
+    """format: quantize a model to it while loading: a GGUF format, rounded by ggml's method without activation statistics, or
+    one of safetensors files (NF4, W4A16, AWQ_INT4_G128, FP8 …), rounded as its library does.
 
     modules_to_not_convert: parts of names of modules to leave alone then (by default the head). formats: of a model that
     is quantized, parameter → format. rope_divisors: what its rotary frequencies are divided by, where the file says so.
@@ -49,8 +53,8 @@ class QuantkitConfig(QuantizationConfigMixin):
         self.modules_to_not_convert = modules_to_not_convert
         self.formats = formats
         self.rope_divisors = rope_divisors
-        if format is not None and get_format(format).codes is None:
-            raise FormatError(f"{format} does not quantize", hint="choose one of `quantkit formats`, such as Q4_K")
+        if format is not None:
+            _target(format)
 
 
 @register_quantizer(METHOD)
@@ -128,26 +132,51 @@ def mark(model: Any, formats: dict[str, str], divisors: list[float] | None) -> N
 
 def _quantize(model: Any, fmt: str, skipped: tuple[str, ...]) -> None:
     """Encode the linear maps and experts of a loaded model, one after the other."""
-    fits = get_format(fmt).fits
+    target = _target(fmt)
     for name, module in list(model.named_modules()):
         if any(part in name for part in skipped):
             continue
-        if isinstance(module, nn.Linear) and module.out_features > 1 and fits(module.in_features):
-            put(model, name, QuantLinear(_encoded(module.weight, fmt, name), fmt, module.bias))
+        if isinstance(module, nn.Linear) and module.out_features > 1:
+            if (made := _encoded(module.weight, target, name)) is not None:
+                put(model, name, QuantLinear(made[1], made[0], module.bias))
         elif is_experts(module):
             gate, up = module.gate_up_proj.chunk(2, dim=1)
-            if fits(gate.shape[-1]) and fits(module.down_proj.shape[-1]):
-                parts = zip(EXPERTS, (gate, up, module.down_proj), strict=True)
-                tensors = {part: _encoded(value, fmt, f"{name}.{part}") for part, value in parts}
-                put(model, name, QuantExperts(tensors, dict.fromkeys(EXPERTS, fmt), getattr(model.config, "hidden_act", "silu")))
+            parts = zip(EXPERTS, (gate, up, module.down_proj), strict=True)
+            found = {part: _encoded(value, target, f"{name}.{part}") for part, value in parts}
+            packed = {part: made for part, made in found.items() if made is not None}
+            if len(packed) == len(found):
+                tensors, names = ({part: made[i] for part, made in packed.items()} for i in (1, 0))
+                put(model, name, QuantExperts(tensors, names, getattr(model.config, "hidden_act", "silu")))  # type: ignore[arg-type]
 
 
-def _encoded(weight: torch.Tensor, fmt: str, name: str) -> torch.Tensor:
-    """Packed bytes on the weight's device: uint8 (..., rows, bytes)."""
-    rows = weight.detach().float().cpu().reshape(-1, weight.shape[-1]).numpy()
-    with encoding_on(str(weight.device)):
-        packed = get_encoder("ggml").encode(rows, None, get_format(fmt), name=name)
-    return torch.from_numpy(packed).reshape(*weight.shape[:-1], -1).to(weight.device)
+def _target(name: str) -> type[Format] | type[TensorFormat]:
+    """The format to quantize to; GGUF's where both kinds have one of that name. Raises FormatError."""
+    if name.upper() in {fmt.name for fmt in tensor_formats()} - {fmt.name for fmt in formats()}:
+        return get_tensor_format(name)
+    fmt = get_format(name)
+    if fmt.codes is None:
+        raise FormatError(f"{name} does not quantize", hint="choose one of `quantkit formats`, such as Q4_K")
+    return fmt
+
+
+def _encoded(weight: torch.Tensor, target: type[Format] | type[TensorFormat], name: str) -> tuple[str, torch.Tensor] | None:
+    """The format of packed bytes and the bytes on the weight's device, uint8 (..., rows, bytes); None if it does not fit."""
+    values = weight.detach().float().cpu().numpy()
+    if issubclass(target, Format):
+        if not target.fits(values.shape[-1]):
+            return None
+        with encoding_on(str(weight.device)):
+            packed = get_encoder("ggml").encode(values.reshape(-1, values.shape[-1]), None, target, name=name)
+        return target.name, torch.from_numpy(packed).reshape(*weight.shape[:-1], -1).to(weight.device)
+    if not target.fits(values.shape[-2:]):
+        return None
+    matrices = values.reshape(-1, *values.shape[-2:])
+    made = [to_blocks(target.parts(target.encode(matrix), matrix.shape)) for matrix in matrices]
+    blocks = [block for block in made if block is not None]
+    if len(blocks) < len(made) or len({fmt.name for fmt, _ in blocks}) != 1:
+        return None
+    data = np.stack([data for _, data in blocks]).reshape(*weight.shape[:-1], -1)
+    return blocks[0][0].name, torch.from_numpy(data).to(weight.device)
 
 
 # transformers reads the configuration in a .gguf only for a method of its own and has no hook for others: a path that

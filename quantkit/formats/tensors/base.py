@@ -18,6 +18,7 @@ import numpy.typing as npt
 from quantkit.errors import FormatError
 from quantkit.formats.base import by_name
 from quantkit.formats.tensors.minifloat import bfloat16_encode
+from quantkit.formats.tensors.parts import Parts
 
 F32 = np.float32
 Tensors = dict[str, np.ndarray]
@@ -135,6 +136,11 @@ class TensorFormat:
         Any bits decode: codes that mean NaN or infinity give just that. Tensors that the format does not
         know are ignored. Raises FormatError for one that is missing or of another type or shape, by name.
         """
+        return cls.parts(tensors, shape).weight()
+
+    @classmethod
+    def parts(cls, tensors: Tensors, shape: Shape) -> Parts:
+        """Codes, scales and zero points of the weight of ``shape``. Raises FormatError like ``decode``."""
         for name, expected in cls.layout(shape).items():
             if name not in tensors:
                 raise FormatError(
@@ -147,7 +153,7 @@ class TensorFormat:
                     f"(held as {expected.numpy()}) for a weight of shape {shape}"
                 )
         with np.errstate(all="ignore"):
-            return cls._decode(tensors, (shape[0], shape[1]))
+            return cls._parts(tensors, (shape[0], shape[1]))
 
     @classmethod
     def _shape_matches(cls, name: str, found: Shape, expected: Shape) -> bool:
@@ -172,7 +178,7 @@ class TensorFormat:
         raise NotImplementedError
 
     @classmethod
-    def _decode(cls, tensors: Tensors, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    def _parts(cls, tensors: Tensors, shape: tuple[int, int]) -> Parts:
         raise NotImplementedError
 
 

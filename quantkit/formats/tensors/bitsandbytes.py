@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from quantkit.errors import FormatError
 from quantkit.formats.tensors.base import F32, Shape, TensorFormat, TensorLayout
+from quantkit.formats.tensors.parts import Parts
 from quantkit.formats.tensors.words import HIGH_FIRST, pack, unpack
 
 BLOCK, NESTED_BLOCK = 64, 256
@@ -118,18 +119,16 @@ class _FourBit(TensorFormat):
         return out | {cls._state_name(): np.frombuffer(cls._state(weight.shape, mean), np.uint8).copy()}
 
     @classmethod
-    def _decode(cls, tensors, shape):
+    def _parts(cls, tensors, shape):
         state = cls._read_state(tensors[cls._state_name()], shape)
         absmax = tensors["weight.absmax"]
         if cls.nested:
             nested = np.repeat(tensors["weight.nested_absmax"], NESTED_BLOCK)[: absmax.size]
             absmax = tensors["weight.nested_quant_map"][absmax] * nested + F32(state["nested_offset"])
-        codes = unpack(tensors["weight"].reshape(-1), 4, math.prod(shape), HIGH_FIRST)
-        out = cls.values[codes]
-        whole = out.size // BLOCK * BLOCK
-        out[:whole].reshape(-1, BLOCK)[...] *= absmax[: whole // BLOCK, None]
-        out[whole:] *= absmax[-1]
-        return out.reshape(shape)
+        codes = unpack(tensors["weight"].reshape(-1), 4, math.prod(shape), HIGH_FIRST).reshape(shape)
+        group = math.gcd(shape[1], BLOCK)  # weights of a row that certainly lie in one block
+        scale = absmax[np.arange(0, codes.size, group) // BLOCK].reshape(len(codes), -1)
+        return Parts(cls.element.upper(), codes, cls.values, scale, "F32")
 
     @classmethod
     def _nearest(cls, scaled: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

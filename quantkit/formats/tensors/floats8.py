@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from quantkit.formats.tensors.base import F32, TensorFormat, TensorLayout, bfloat16_scale, finite_scale
 from quantkit.formats.tensors.minifloat import E4M3, E5M2, MiniFloat, bfloat16_decode
+from quantkit.formats.tensors.parts import Parts
 
 BLOCK = 128
 
@@ -37,8 +38,9 @@ class _FP8(TensorFormat):
         return {"weight": cls.number.encode(weight / bfloat16_decode(stored)), "weight_scale": stored}
 
     @classmethod
-    def _decode(cls, tensors, shape):
-        return cls.number.decode(tensors["weight"]) * bfloat16_decode(tensors["weight_scale"])
+    def _parts(cls, tensors, shape):
+        scale = np.broadcast_to(bfloat16_decode(tensors["weight_scale"]).reshape(-1, 1), (shape[0], 1))
+        return Parts(cls.element.upper(), tensors["weight"], cls.number.values, scale, "BF16")
 
 
 class FP8(_FP8):
@@ -96,10 +98,9 @@ class FP8_BLOCK(TensorFormat):
         return {"weight": E4M3.encode(blocks * _spread(scale)).reshape(weight.shape), "weight_scale_inv": inverse}
 
     @classmethod
-    def _decode(cls, tensors, shape):
-        values = _blocks(E4M3.decode(tensors["weight"]))
-        values *= _spread(tensors["weight_scale_inv"])
-        return values.reshape(shape)
+    def _parts(cls, tensors, shape):
+        scale = np.repeat(tensors["weight_scale_inv"], BLOCK, axis=0)
+        return Parts("E4M3", tensors["weight"], E4M3.values, scale, "F32")
 
 
 def _blocks(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -14,6 +14,7 @@ from quantkit.errors import FormatError
 from quantkit.formats.tensors import words
 from quantkit.formats.tensors.base import F32, TensorFormat, TensorLayout, bfloat16_scale, finite_scale
 from quantkit.formats.tensors.minifloat import bfloat16_decode
+from quantkit.formats.tensors.parts import WHOLE, Parts
 
 PER_WORD = 8  # four-bit codes in 32 bits
 HALF_TINY = np.float16(2**-24)  # the smallest positive half: a scale that would round to zero
@@ -30,12 +31,11 @@ def _scaled(weight: npt.NDArray[np.float32], scale: npt.NDArray[np.float32]) -> 
     return weight.reshape(*scale.shape, -1) / scale[:, :, None]
 
 
-def _dequantized(codes: npt.NDArray[np.uint8], zero: np.ndarray | int, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """(code − zero) · scale, float32 (rows, columns). zero: a number, or integers (rows, groups)."""
-    out = codes.reshape(*scale.shape, -1).astype(F32)
-    out -= zero if isinstance(zero, int) else zero.astype(F32)[:, :, None]
-    out *= scale[:, :, None]
-    return out.reshape(len(codes), -1)
+def _apart(codes: npt.NDArray[np.uint8], zero: npt.NDArray[np.uint8] | None, scale: npt.NDArray[np.float32], kind: str) -> Parts:
+    """Four-bit codes whose zero points are integers (rows, groups), or 8 everywhere (None)."""
+    zero = None if zero is None or (zero == 8).all() else zero
+    element = "INT4" if zero is None else "UINT4"
+    return Parts(element, codes, WHOLE[element], scale, kind, zero)
 
 
 class INT8(TensorFormat):
@@ -60,8 +60,9 @@ class INT8(TensorFormat):
         return {"weight": codes, "weight_scale": stored}
 
     @classmethod
-    def _decode(cls, tensors, shape):
-        return tensors["weight"].astype(F32) * bfloat16_decode(tensors["weight_scale"])
+    def _parts(cls, tensors, shape):
+        codes = np.ascontiguousarray(tensors["weight"]).view(np.uint8)
+        return Parts("INT8", codes, WHOLE["INT8"], bfloat16_decode(tensors["weight_scale"]), "BF16")
 
 
 class _PackQuantized(TensorFormat):
@@ -107,13 +108,13 @@ class _PackQuantized(TensorFormat):
         return out
 
     @classmethod
-    def _decode(cls, tensors, shape):
+    def _parts(cls, tensors, shape):
         found = tensors["weight_shape"].tolist()
         if found != list(shape):
             raise FormatError(f"{cls.name}'s tensor 'weight_shape' says {found} and should say {list(shape)}")
         codes = words.unpack(tensors["weight_packed"], 4, shape[1])
-        zero = 8 if cls.symmetric else words.unpack(tensors["weight_zero_point"].T, 4, shape[0]).T
-        return _dequantized(codes, zero, bfloat16_decode(tensors["weight_scale"]))
+        zero = None if cls.symmetric else words.unpack(tensors["weight_zero_point"].T, 4, shape[0]).T
+        return _apart(codes, zero, bfloat16_decode(tensors["weight_scale"]), "BF16")
 
 
 class W4A16(_PackQuantized):
@@ -207,16 +208,16 @@ class _GPTQ(_Transposed):
         }
 
     @classmethod
-    def _decode(cls, tensors, shape):
+    def _parts(cls, tensors, shape):
         g_idx, scale = tensors["g_idx"], tensors["scales"].astype(F32).T
         wrong = g_idx[(g_idx < 0) | (g_idx >= scale.shape[1])]
         if wrong.size:
             raise FormatError(f"{cls.name}'s tensor 'g_idx' names group {wrong[0]} of {scale.shape[1]}")
         codes = words.unpack(tensors["qweight"].T, 4, shape[1])
         zero = words.unpack(tensors["qzeros"], 4, shape[0]).T + 1
-        if np.array_equal(g_idx, np.arange(shape[1]) // cls.group):
-            return _dequantized(codes, zero, scale)
-        return (codes.astype(F32) - zero.astype(F32)[:, g_idx]) * scale[:, g_idx]
+        if not np.array_equal(g_idx, np.arange(shape[1]) // cls.group):  # activation order: a scale for each weight
+            zero, scale = zero[:, g_idx], scale[:, g_idx]
+        return _apart(codes, zero, scale, "F16")
 
 
 class GPTQ_INT4_G128(_GPTQ):
@@ -272,10 +273,10 @@ class _AWQ(_Transposed):
         }
 
     @classmethod
-    def _decode(cls, tensors, shape):
+    def _parts(cls, tensors, shape):
         codes = words.unpack(tensors["qweight"], 4, shape[0], words.AWQ).T
         zero = words.unpack(tensors["qzeros"], 4, shape[0], words.AWQ).T
-        return _dequantized(codes, zero, tensors["scales"].astype(F32).T)
+        return _apart(codes, zero, tensors["scales"].astype(F32).T, "F16")
 
 
 class AWQ_INT4_G128(_AWQ):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from quantkit.formats.tensors import words
 from quantkit.formats.tensors.base import F32, TensorFormat, TensorLayout
 from quantkit.formats.tensors.minifloat import E2M1, E4M3, E5M2, E8M0_VALUES, MiniFloat, e8m0_encode
+from quantkit.formats.tensors.parts import Parts
 
 
 def _grouped(weight: npt.NDArray[np.float32], group: int) -> npt.NDArray[np.float32]:
@@ -57,11 +58,10 @@ class _MX(TensorFormat):
         return {"weight": codes, "weight_scale": scale}
 
     @classmethod
-    def _decode(cls, tensors, shape):
+    def _parts(cls, tensors, shape):
         codes = words.unpack(tensors["weight_packed"], 4, shape[1]) if cls.element_bits == 4 else tensors["weight"]
-        out = _grouped(cls.number.decode(codes), cls.group)
-        out *= E8M0_VALUES[tensors["weight_scale"]][:, :, None]
-        return out.reshape(shape)
+        scale = tensors["weight_scale"]
+        return Parts(cls.element.upper(), codes, cls.number.values, E8M0_VALUES[scale], "E8M0", scale_codes=scale)
 
 
 class MXFP4(_MX):
@@ -118,7 +118,8 @@ class NVFP4(TensorFormat):
         return {"weight_packed": words.pack(codes, 4, "u1"), "weight_scale": scale, "weight_global_scale": divisor}
 
     @classmethod
-    def _decode(cls, tensors, shape):
-        out = _grouped(E2M1.decode(words.unpack(tensors["weight_packed"], 4, shape[1])), cls.group)
-        out *= (E4M3.decode(tensors["weight_scale"]) / tensors["weight_global_scale"])[:, :, None]
-        return out.reshape(shape)
+    def _parts(cls, tensors, shape):
+        codes, stored = words.unpack(tensors["weight_packed"], 4, shape[1]), tensors["weight_scale"]
+        divisor = tensors["weight_global_scale"][0]
+        scale = E4M3.decode(stored) / divisor
+        return Parts("E2M1", codes, E2M1.values, scale, "E4M3", scale_codes=stored, divisor=divisor)
