@@ -116,6 +116,10 @@ def products(packing: Packing) -> None:
     wide = torch.randn(19, 2 * weight.shape[1])
     x = wide[:, ::2]
     near(product.matmul(x[:2].reshape(2, 1, -1), data, packing).reshape(2, 13), x[:2], weight, f"{name} few")
+    thin, tall = torch.randn(2, 5), torch.randn(13, 5)
+    near(
+        product.matmul(x[:2], data, packing, thin, tall), x[:2], weight, f"{name} few, low rank", (thin @ tall.T).double().numpy()
+    )
     near(product.matmul(x, data, packing), x, weight, f"{name} some")
     near(product.matmul(x.half(), data, packing), x.half(), weight, f"{name} some in half precision")
     low, up = torch.randn(19, 5), torch.randn(13, 5)

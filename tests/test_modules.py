@@ -18,8 +18,8 @@ import quantkit
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import CheckpointError, FormatError, PlanError
 from quantkit.formats import get_format
-from quantkit.kernels import repack
-from quantkit.modeling.modules import Packed, QuantEmbedding, QuantExperts, QuantLinear
+from quantkit.kernels import ops, repack
+from quantkit.modeling.modules import Packed, QuantEmbedding, QuantExperts, QuantLinear, QuantMLP
 from quantkit.modeling.packed import is_experts, packed_model
 from quantkit.modeling.skeleton import materialized_model
 from quantkit.planning.standard import uniform_plan
@@ -121,9 +121,30 @@ def test_experts_of_which_some_are_not_quantized(tiny_folder, tmp_path):
     model, theirs = quantkit.load(tmp_path / "mixed.gguf"), logits(materialized_model(open_checkpoint(tmp_path / "mixed.gguf")))
     experts = model.model.layers[0].mlp.experts
     assert experts.formats["down_proj"] == "" and "plain" in repr(experts)
+    check_compiled(model)
     assert torch.allclose(logits(model), theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
     experts.activation = "gelu"
     assert not torch.allclose(logits(model), theirs, atol=1e-2)
+
+
+def test_gate_and_up_are_one_product_where_nothing_is_lost_by_it(gguf, monkeypatch):
+    """Not with a gradient, a hook, or something in a map's place; the function and the names are transformers' own."""
+    model = packed_model(open_checkpoint(gguf("qwen2_moe")))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantMLP)}
+    assert list(layers) and all(name.endswith("shared_expert") for name in layers)
+    layer, x, together = next(iter(layers.values())), torch.randn(5, 64), []
+    swiglu = ops.swiglu
+    monkeypatch.setattr(ops, "swiglu", lambda *arguments: together.append(1) or swiglu(*arguments))
+    fused = layer(x)
+    expected = layer.down_proj(torch.nn.functional.silu(layer.gate_proj(x)) * layer.up_proj(x))
+    assert len(together) == 1 and torch.allclose(fused, expected, atol=1e-5)
+    seen = []
+    hook = layer.gate_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(layer(x), expected, atol=1e-5) and seen == [1]
+    hook.remove()
+    assert torch.allclose(layer(x.requires_grad_()), expected, atol=1e-5)
+    layer.up_proj = torch.nn.Sequential(layer.up_proj)
+    assert torch.allclose(layer(x.detach()), expected, atol=1e-5) and len(together) == 1
 
 
 def test_only_experts_of_a_known_shape_are_packed():
@@ -190,7 +211,10 @@ def test_repacked_models_compute_the_same_with_a_tied_head_too(gguf, name):
 
 def test_a_layer_compiles_whole_forward_and_backward(gguf):
     """No graph break in a decoder layer with experts; gradients for what is trained on top, none for the bytes."""
-    model = packed_model(open_checkpoint(gguf("qwen3_moe")))
+    check_compiled(packed_model(open_checkpoint(gguf("qwen3_moe"))))
+
+
+def check_compiled(model) -> None:
     layer = model.model.layers[0]
     rotary = model.model.rotary_emb(torch.zeros(1, 8, 64), torch.arange(8)[None])
 
@@ -213,8 +237,6 @@ def test_a_layer_compiles_whole_forward_and_backward(gguf):
 
 def test_low_rank_weights_are_trained_on_packed_ones(gguf):
     """A few steps lower the loss and change no byte of the base."""
-    from quantkit.kernels import ops
-
     model = packed_model(open_checkpoint(gguf("llama")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     base = model.lm_head

@@ -38,6 +38,8 @@ def calls() -> dict:
         "linear_transposed": (q.linear_transposed, (back, rows, "Q4_K")),
         "grouped": (q.grouped, (x, experts, "Q6_K", ENDS, False)),
         "grouped_transposed": (q.grouped, (back, experts, "Q6_K", ENDS, True)),
+        "grouped_plain": (q.grouped_plain, (x, torch.randn(3, 13, 512).bfloat16(), ENDS, False)),
+        "grouped_plain_transposed": (q.grouped_plain, (back, torch.randn(3, 13, 512), ENDS, True)),
         "swiglu": (q.swiglu, (x, rows, packed("Q4_0", 13, 16), "Q4_K", "Q4_0", None)),
         "swiglu_experts": (q.swiglu, (x, experts, packed("Q4_0", 3, 13, 16), "Q6_K", "Q4_0", ENDS)),
     }
@@ -58,8 +60,8 @@ def plain(name: str, arguments: tuple) -> torch.Tensor:
     if name == "linear_transposed":
         return arguments[0] @ ops.dequantize(arguments[1], arguments[2], torch.float32)
     if name.startswith("grouped"):
-        x, experts, fmt, ends, transposed = arguments
-        weights = ops.dequantize(experts, fmt, torch.float32)
+        x, experts, *fmt, ends, transposed = arguments
+        weights = ops.dequantize(experts, *fmt, torch.float32) if fmt else experts.float()
         parts = zip(torch.tensor_split(x, ends[:-1].tolist()), weights, strict=True)
         return torch.cat([part @ (w if transposed else w.T) for part, w in parts])
     x, gate, up, fmt_gate, fmt_up, ends = arguments

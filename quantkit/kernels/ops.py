@@ -40,6 +40,12 @@ def _grouped(x, weight, packing, ends, transposed):
     return product.grouped(x, weight, Packing.of(packing), ends, transposed)
 
 
+def _grouped_plain(x, weight, ends, transposed):
+    bounds = [0, *ends.tolist()]
+    matrices = weight.to(x.dtype) if transposed else weight.to(x.dtype).mT
+    return torch.cat([x[a:b] @ matrix for a, b, matrix in zip(bounds, bounds[1:], matrices, strict=False)])
+
+
 def _swiglu(x, gate, up, packing_gate, packing_up, ends):
     return product.swiglu(x, gate, up, (Packing.of(packing_gate), Packing.of(packing_up)), ends)
 
@@ -72,6 +78,10 @@ _grouped_op = _operator(
         x.shape[0], _width(weight, packing) if transposed else weight.shape[1]
     ),
 )  # fmt: skip
+_grouped_plain_op = _operator(
+    "grouped_plain", "(Tensor x, Tensor weight, Tensor ends, bool transposed) -> Tensor", _grouped_plain,
+    lambda x, weight, ends, transposed: x.new_empty(x.shape[0], weight.shape[2 if transposed else 1]),
+)  # fmt: skip
 _swiglu_op = _operator(
     "swiglu", "(Tensor x, Tensor gate, Tensor up, str packing_gate, str packing_up, Tensor? ends) -> Tensor", _swiglu,
     lambda x, gate, up, packing_gate, packing_up, ends: x.new_empty(*x.shape[:-1], gate.shape[-2]),
@@ -97,6 +107,11 @@ def linear_transposed(x: Tensor, weight: Tensor, packing: str) -> Tensor:
 def grouped(x: Tensor, weight: Tensor, packing: str, ends: Tensor, transposed: bool = False) -> Tensor:
     """Every token, sorted by expert, times the matrix of its expert: see product.grouped. A gradient for x."""
     return _grouped_op(_cast(x), weight, packing, ends, transposed)
+
+
+def grouped_plain(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
+    """``grouped`` for matrices that are not packed, (experts, rows, columns), of any float type. A gradient for x."""
+    return _grouped_plain_op(_cast(x), weight, ends, transposed)
 
 
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, packing_gate: str, packing_up: str, ends: Tensor | None = None) -> Tensor:
@@ -143,6 +158,16 @@ def _grouped_backward(ctx, grad):
     return grouped(grad.contiguous(), weight, ctx.packing, ends, not ctx.transposed), None, None, None, None
 
 
+def _keep_grouped_plain(ctx, inputs, output):
+    _, weight, ends, ctx.transposed = inputs
+    ctx.save_for_backward(weight, ends)
+
+
+def _grouped_plain_backward(ctx, grad):
+    weight, ends = ctx.saved_tensors
+    return grouped_plain(grad.contiguous(), weight, ends, not ctx.transposed), None, None, None
+
+
 def _keep_swiglu(ctx, inputs, output):
     x, gate, up, ctx.packing_gate, ctx.packing_up, ends = inputs
     ctx.save_for_backward(x, gate, up, ends)
@@ -166,4 +191,5 @@ def _swiglu_backward(ctx, grad):
 _linear_op.register_autograd(_linear_backward, setup_context=_keep_linear)
 _linear_transposed_op.register_autograd(_transposed_backward, setup_context=_keep_transposed)
 _grouped_op.register_autograd(_grouped_backward, setup_context=_keep_grouped)
+_grouped_plain_op.register_autograd(_grouped_plain_backward, setup_context=_keep_grouped_plain)
 _swiglu_op.register_autograd(_swiglu_backward, setup_context=_keep_swiglu)

@@ -39,7 +39,7 @@ def matmul(
     if on_host(data):
         out = host.matmul(flat.float(), file_bytes(data, packing), packing.format).to(x.dtype)
     elif 0 < len(flat) <= settings_of(data).few:
-        out = _matvec(flat, data, packing)
+        return _matvec(flat, data, packing, thin, up).reshape(*x.shape[:-1], len(data))
     elif len(flat) <= settings_of(data).some and multiplies_tiles(x):
         return _tiles(flat, data, packing, None, thin, up).reshape(*x.shape[:-1], len(data))
     else:
@@ -130,7 +130,17 @@ def _check_ends(x: torch.Tensor, data: torch.Tensor, ends: torch.Tensor) -> None
 # -- Triton ---------------------------------------------------------------------------------------
 
 
-def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tensor:
+def _low_rank(x: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None, least: int) -> dict[str, Any]:
+    """What a program needs of a low-rank addition; something with an address where there is none. least: of RANK."""
+    if low is None or up is None:
+        return {"low": x, "up": x, "rank": 0, "RANK": 0}
+    rank = low.shape[1]
+    return {"low": low, "up": up.contiguous(), "rank": rank, "RANK": max(least, 1 << (rank - 1).bit_length())}
+
+
+def _matvec(
+    x: torch.Tensor, data: torch.Tensor, packing: Packing, low: torch.Tensor | None = None, up: torch.Tensor | None = None
+) -> torch.Tensor:
     """Few tokens."""
     given = packing.arguments(data)
     from quantkit.kernels.programs_product import matvec
@@ -141,7 +151,8 @@ def _matvec(x: torch.Tensor, data: torch.Tensor, packing: Packing) -> torch.Tens
     launch(
         matvec, (-(-len(data) // sizes.row_outputs), len(x)), data, x=x, out=out, rows=len(data),
         WHERE=made.where, RUNS=runs, LENGTH=length, ROWS=sizes.row_outputs,
-        TOGETHER=max(1, sizes.row_weights // packing.format.elements), maxnreg=255, enable_fp_fusion=True, **given,
+        TOGETHER=max(1, sizes.row_weights // packing.format.elements), maxnreg=255, enable_fp_fusion=True,
+        **_low_rank(x, low, up, 1), **given,
     )  # fmt: skip
     return out
 
@@ -202,13 +213,12 @@ def _tiles(
     from quantkit.kernels.programs_product import matmul as program
 
     rows, tile = data.shape[-2], _tile(x, ends, data, packing)
-    out, rank = x.new_empty(len(x), rows), 0 if low is None else low.shape[1]
+    out = x.new_empty(len(x), rows)
     if len(x):
         count, found = _tokens(x, ends, tile["TOKENS"])
         launch(
-            program, (-(-rows // tile["ROWS"]), count), x, x=x, out=out, low=x if low is None else low,
-            up=x if up is None else up.contiguous(), rows=rows, rank=rank,
-            RANK=rank and max(16, 1 << (rank - 1).bit_length()), **tile, **found, **given, **_geometry(packing),
+            program, (-(-rows // tile["ROWS"]), count), x, x=x, out=out, rows=rows, **_low_rank(x, low, up, 16),
+            **tile, **found, **given, **_geometry(packing),
         )  # fmt: skip
     return out
 

@@ -12,13 +12,15 @@ import triton.language as tl
 
 @triton.jit
 def matvec(
-    x, raw, out, rows, blocks, total, book, floats, DECODE: tl.constexpr, WHERE: tl.constexpr, PIECES: tl.constexpr,
-    ELEMENTS: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, ROWS: tl.constexpr, TOGETHER: tl.constexpr,
+    x, raw, out, low, up, rows, blocks, total, rank, book, floats, DECODE: tl.constexpr, WHERE: tl.constexpr,
+    PIECES: tl.constexpr, ELEMENTS: tl.constexpr, RUNS: tl.constexpr, LENGTH: tl.constexpr, RANK: tl.constexpr,
+    ROWS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """ROWS outputs of one token a program: out[token, row] = Σ x[token, column] · weight[row, column].
+    """ROWS outputs of one token a program: out[token, row] = Σ x[token, column] · weight[row, column] [+ Σ low[token] · up[row]].
 
     raw: uint8, rows of ``blocks`` blocks, ``total`` in the tensor; x: (tokens, blocks · ELEMENTS); out: (tokens, rows).
-    RUNS, LENGTH: of every piece, 0 if they differ. TOGETHER: blocks of a row that are decoded at a time.
+    RUNS, LENGTH: of every piece, 0 if they differ. TOGETHER: blocks of a row that are decoded at a time. RANK: 0, or a
+    power of two that is at least ``rank``; low: (tokens, rank), up: (rows, rank).
     """
     token = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS * TOGETHER) // TOGETHER
@@ -41,6 +43,11 @@ def matvec(
     sums = total_sum if RUNS == 0 else tl.sum(tl.sum(total_sum, 2), 1)
     sums = tl.sum(tl.reshape(sums, (ROWS, TOGETHER)), 1)
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        left = tl.load(up + place[:, None] * rank + r[None, :], mask=(place < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        right = tl.load(low + token * rank + r, mask=r < rank, other=0.0)
+        sums += tl.sum(left.to(tl.float32) * right.to(tl.float32)[None, :], 1)
     tl.store(out + token * rows + place, sums.to(out.dtype.element_ty), mask=place < rows)
 
 

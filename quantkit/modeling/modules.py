@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,29 @@ class QuantLinear(Packed):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.formats['weight']}, bias={bias}"
 
 
+class QuantMLP(nn.Module):
+    """transformers' gated feed-forward layer: down(act(gate(x)) ∘ up(x)), gate and up in one product where that can be.
+
+    It can for SiLU, packed gate and up without biases, and inputs that want no gradient: with one, their outputs are
+    better kept than made again. Whatever takes the place of a map later (PEFT's LoRA) is called, and hooks are too.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act_fn: Any) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = gate_proj, up_proj, down_proj, act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        if _can_be_fused(gate) and _can_be_fused(up) and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.down_proj(ops.swiglu(x, gate.weight, up.weight, gate.packing("weight"), up.packing("weight")))
+        return self.down_proj(self.act_fn(gate(x)) * up(x))
+
+
+def _can_be_fused(module: nn.Module) -> TypeGuard[QuantLinear]:
+    """Whether calling a map does nothing but its product."""
+    return type(module) is QuantLinear and module.bias is None and not module._forward_hooks and not module._forward_pre_hooks
+
+
 class QuantEmbedding(Packed):
     """Rows of a packed table. weight: uint8 (num_embeddings, bytes of a row); rows are decoded to the module's type."""
 
@@ -186,8 +209,7 @@ class QuantExperts(Packed):
         weight = getattr(self, name)
         if self.formats[name] != PLAIN:
             return ops.grouped(x, weight, self.packing(name), ends)
-        bounds = [0, *ends.tolist()]
-        return torch.cat([x[a:b] @ w.T.to(x.dtype) for a, b, w in zip(bounds, bounds[1:], weight, strict=False)])
+        return ops.grouped_plain(x, weight, ends)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, " + ", ".join(f"{name}: {fmt or 'plain'}" for name, fmt in self.formats.items())

@@ -42,6 +42,7 @@ def packed_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, devic
     if formats:
         mark(model, formats, rope_divisors(checkpoint))
     fill(checkpoint, model, dtype or torch.float32, done)
+    join_gates(model)
     try:
         return model.to(dtype or torch.float32).to(device)
     except (RuntimeError, AssertionError) as error:
@@ -127,6 +128,21 @@ def prepare(model: Any, formats: dict[str, str]) -> None:
             }
             made = QuantExperts(tensors, parts, getattr(model.config, "hidden_act", "silu"))
         put(model, name, made)
+
+
+def join_gates(model: Any) -> None:
+    """Let feed-forward layers with SiLU and packed maps compute gate and up together; names of parameters stay."""
+    import torch
+
+    from quantkit.modeling.modules import QuantLinear, QuantMLP
+
+    names = ("gate_proj", "up_proj", "down_proj")
+    for name, module in list(model.named_modules()):
+        activation = getattr(module, "act_fn", None)
+        children = {child for child, _ in module.named_children()} - {"act_fn"}
+        silu = isinstance(activation, torch.nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+        if children == set(names) and silu and all(isinstance(getattr(module, part), QuantLinear) for part in names[:2]):
+            put(model, name, QuantMLP(module.gate_proj, module.up_proj, module.down_proj, activation))
 
 
 def _expert_shapes(module: Any) -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,17 @@ from quantkit.formats import Format, formats, get_format
 from quantkit.formats.tensors import TensorFormat, get_tensor_format, tensor_formats
 from quantkit.formats.tensors.blocks import to_blocks
 from quantkit.modeling.modules import Packed, QuantExperts, QuantLinear
-from quantkit.modeling.packed import EXPERTS, fill, formats_of, is_experts, packed_formats, prepare, put, rope_divisors
+from quantkit.modeling.packed import (
+    EXPERTS,
+    fill,
+    formats_of,
+    is_experts,
+    join_gates,
+    packed_formats,
+    prepare,
+    put,
+    rope_divisors,
+)
 from quantkit.modeling.skeleton import model_config
 
 METHOD = "quantkit"
@@ -108,6 +118,7 @@ class QuantkitQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Packed):
                 module.lay_out()
+        join_gates(model)
         return model
 
     def is_serializable(self, safe_serialization: Any = None) -> bool:
