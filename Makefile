@@ -45,7 +45,7 @@ bench-formats: setup-dev  ## every format against ggml's C: encode, decode, comp
 	$(PY) benchmarks/formats.py
 
 bench-kernels: setup-dev  ## products with packed weights, on the GPU if there is one (ARGS="--only Q4_K", ARGS=--cpu)
-	$(PY) benchmarks/kernels.py $(ARGS)
+	$(PY) benchmarks/packed_kernels.py $(ARGS)
 
 bench-low-bits: setup-dev  ## about 2 bits per weight: with and without I-quants (needs ../shared)
 	$(PY) benchmarks/low_bits.py

@@ -1,11 +1,12 @@
 """Products with packed weights: on the CPU against ggml's decoder and torch, on a GPU against the limits of its memory.
 
     make bench-kernels                     # on what this machine has: kernels-cpu.json, or kernels-<GPU>.json
-    python benchmarks/kernels.py --only Q4_K Q6_K
+    python benchmarks/packed_kernels.py --only Q4_K Q6_K
 
 Each row has the 20th, 50th and 80th percentile of its times. On the CPU the other side is ggml's C decoder on the same
 threads followed by torch's product. On a GPU the cache is cleared before every timing; bytes moved are set against a
-copy measured in the same run, products against torch's with bfloat16 weights.
+copy measured in the same run, products against torch's with bfloat16 weights; bitsandbytes and torchao stand beside
+them where they are installed (kernel_peers.py). Not called kernels.py: transformers and bitsandbytes import a package of that name.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 from common import ROOT, write_results
+from kernel_peers import peers
 
 from quantkit.evaluation.tune_kernels import runs_on_gpu
 from quantkit.formats import Format, formats, get_format
+from quantkit.formats.tensors.blocks import packed_format
 from quantkit.kernels import ops, repack
+from quantkit.kernels.encode import ENCODERS, encode
 from quantkit.kernels.packing import Packing
 from quantkit.versions import package_versions
 
@@ -35,6 +39,7 @@ DEQUANTIZED = ("Q4_K", "Q6_K", "Q8_0", "MXFP4", "IQ4_XS")
 GPU_TOKENS = (1, 4, 16, 32, 64, 256, 2048, 8192)
 EXPERTS, EXPERT_TOKENS, EXPERT_ROWS, EXPERT_COLUMNS = 256, 64, 4096, 2048
 RANK = 16
+IN_MEMORY = ("NF4_F32_64", "UINT4_F16_128", "E4M3_BF16_128")  # what layers keep of bitsandbytes, AWQ and FP8 folders
 
 
 def percentiles(seconds: list[float]) -> Row:
@@ -49,7 +54,12 @@ def packed_rows(fmt: type[Format], *shape: int) -> torch.Tensor:
     for field in (fmt.block_scale, fmt.block_minimum):
         if isinstance(field, str):
             place = int(fmt.layout.fields[field][1])  # type: ignore[index]
-            blocks[:, place : place + 2] = torch.tensor([0.01], dtype=torch.float16).view(torch.uint8)
+            number = torch.tensor(
+                [0.01], dtype={"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[fmt.scale_type]
+            )
+            blocks[:, place : place + number.element_size()] = number.view(torch.uint8)
+    if fmt.float_bits == (4, 3):  # codes that are numbers
+        blocks &= 0x7E
     if fmt.scale_table is not None:
         place = int(next(iter(fmt.scales.positions(fmt.layout).flat))) // 8  # type: ignore[union-attr]
         blocks[:, place : place + fmt.groups()] = 56 if fmt.groups() > 1 else 120
@@ -147,7 +157,7 @@ class Gpu:
 
 def on_gpu(name: str, *shape: int) -> tuple[torch.Tensor, str]:
     """Packed rows as a GPU keeps them, and how they are read."""
-    fmt = get_format(name)
+    fmt = packed_format(name)
     data, planes = packed_rows(fmt, *shape).cuda(), repack.gains(fmt)
     return repack.pack(data, fmt) if planes else data, str(Packing(fmt, planes))
 
@@ -157,7 +167,7 @@ def gpu_rows(names: list[str]) -> list[Row]:
     gpu, rows = Gpu(), []
     shape = f"{GPU_ROWS}x{GPU_COLUMNS}"
     plain = torch.randn(GPU_ROWS, GPU_COLUMNS, dtype=torch.bfloat16, device="cuda")
-    for name in names:
+    for name in (*names, *IN_MEMORY):
         data, packing = on_gpu(name, GPU_ROWS, GPU_COLUMNS)
         if name in DEQUANTIZED:
             moved = data.numel() + 2 * plain.numel()
@@ -168,8 +178,38 @@ def gpu_rows(names: list[str]) -> list[Row]:
                 "matmul", name, f"{tokens} x {shape}", data.numel(), lambda x=x, d=data, p=packing: ops.linear(x, d, p),
                 lambda x=x: x @ plain.T,
             ))  # fmt: skip
-    rows += expert_rows(gpu)
+    rows += [*peer_rows(gpu, plain), *expert_rows(gpu), *encoder_rows(gpu)]
     return [{"what": "copy", "bytes_per_second": gpu.rate}, *rows, *low_rank_rows(gpu)]
+
+
+def peer_rows(gpu: Gpu, plain: torch.Tensor) -> list[Row]:
+    """The same products by other libraries."""
+    rows = []
+    for name, product in peers(plain).items():
+        if isinstance(product, str):
+            rows.append({"what": "matmul", "format": name, "failed": product})
+            continue
+        for tokens in GPU_TOKENS:
+            x = torch.randn(tokens, GPU_COLUMNS, dtype=torch.bfloat16, device="cuda")
+            shape, moved = f"{tokens} x {GPU_ROWS}x{GPU_COLUMNS}", plain.numel() // 2
+            rows.append(gpu.row("matmul", name, shape, moved, lambda x=x, p=product: p(x), lambda x=x: x @ plain.T))
+    return rows
+
+
+def encoder_rows(gpu: Gpu) -> list[Row]:
+    """Encoding a matrix, with importance where the format uses it: weights a second."""
+    weight = 0.02 * torch.randn(GPU_ROWS // 4, GPU_COLUMNS, device="cuda")
+    importance, rows = torch.rand(GPU_COLUMNS, device="cuda"), []
+    for name in ENCODERS:
+        fmt = get_format(name)
+        given = importance if fmt.uses_importance else None
+        moved = weight.numel() * 4 + len(weight) * fmt.row_bytes(GPU_COLUMNS)
+        shape = f"{len(weight)}x{GPU_COLUMNS}"
+        row = gpu.row("encode", name, shape, moved, lambda fmt=fmt, given=given: encode(weight, fmt, given))
+        if "p50_us" in row:
+            row["gigaweights_per_second"] = round(weight.numel() / row["p50_us"] / 1e3, 2)
+        rows.append(row)
+    return rows
 
 
 def expert_rows(gpu: Gpu) -> list[Row]:
@@ -215,7 +255,7 @@ def main() -> None:
     else:
         rows, where = gpu_rows(names), torch.cuda.get_device_name().replace(" ", "-").lower()
     path = write_results(
-        f"kernels-{where}", "python benchmarks/kernels.py", rows, threads=torch.get_num_threads(),
+        f"kernels-{where}", "python benchmarks/packed_kernels.py", rows, threads=torch.get_num_threads(),
         device=where, triton=package_versions("triton"),
     )  # fmt: skip
     print(f"written: {path}")
