@@ -17,7 +17,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.formats import get_format
 from quantkit.kernels import ops
 from quantkit.modeling.modules import QuantLinear
-from quantkit.modeling.training import Offload, chunked_cross_entropy, save_memory, token_log_probabilities
+from quantkit.modeling.training import Offload, chunked_cross_entropy, save_memory, token_log_probabilities, token_scores
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
 
@@ -45,6 +45,24 @@ def heads():
     plain = nn.Linear(256, 1000)
     plain.weight.data, plain.bias.data = torch.from_numpy(weight).float(), packed.bias.data.clone()
     return packed, plain
+
+
+@pytest.mark.parametrize("chunk", [64, 300, 5000])
+def test_scores_in_parts_are_those_of_whole_logits(chunk):
+    """At a temperature: log-probabilities with their gradient, entropies, and whether a target is the likeliest."""
+    packed, plain = heads()
+    hidden = (torch.randn(2, 9, 256) / 400).requires_grad_()
+    logits = plain(hidden) / 0.7
+    targets = torch.where(torch.rand(2, 9) < 0.5, logits.argmax(-1), torch.randint(0, 1000, (2, 9)))
+    expected, seed = log_softmax(logits, -1), torch.randn(2, 9)
+    chosen = expected.gather(-1, targets[..., None])[..., 0]
+    for head in (plain, packed):
+        found = token_scores(hidden, head, targets, 0.7, chunk)
+        assert torch.allclose(found.log_probabilities, chosen, atol=1e-4)
+        assert torch.allclose(found.entropy, -(expected.exp() * expected).sum(-1), atol=1e-3)
+        assert torch.equal(found.likeliest, targets == logits.argmax(-1))
+        mine, theirs = (torch.autograd.grad(out, hidden, seed, retain_graph=True)[0] for out in (found.log_probabilities, chosen))
+        assert torch.allclose(mine, theirs, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("chunk", [64, 300, 5000])

@@ -6,6 +6,7 @@ Imported only inside functions: it needs torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,49 +28,59 @@ def _rows(weight: Tensor, packing: str, first: int, last: int, dtype: torch.dtyp
     return ops.embedding(torch.arange(first, last, device=weight.device), weight, packing, dtype)
 
 
-class _LogProbabilities(torch.autograd.Function):
-    """log softmax(hidden · Wᵀ + b)[targets], (tokens,), and the logarithm of the sum; the gradient makes the logits again."""
+class _Scores(torch.autograd.Function):
+    """Of softmax((hidden · Wᵀ + b) / temperature): log-probability of the targets, entropy, whether they are the likeliest.
+
+    Each (tokens,). Only the first has a gradient, for which the logits are made again.
+    """
 
     @staticmethod
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: str, size: int, chunk: int) -> Any:  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: str, size: int, chunk: int, temperature: float) -> Any:  # fmt: skip
         total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-        chosen = torch.zeros_like(total)
+        chosen, mean, largest = torch.zeros_like(total), torch.zeros_like(total), total
         for first in range(0, size, chunk):
-            logits = _logits(hidden, weight, bias, packing, first, min(first + chunk, size))
-            total = torch.logaddexp(total, logits.logsumexp(1))
+            logits = _logits(hidden, weight, bias, packing, first, min(first + chunk, size)).div_(temperature)
+            part, before = logits.logsumexp(1), total
+            total = torch.logaddexp(total, part)
+            inner = torch.linalg.vecdot(torch.exp(logits - part[:, None]), logits)  # mean logit of this part
+            mean = torch.where(before.isinf(), inner, mean * torch.exp(before - total) + inner * torch.exp(part - total))
+            largest = torch.maximum(largest, logits.amax(1))
             inside = (targets >= first) & (targets < first + logits.shape[1])
             place = (targets - first).clamp(0, logits.shape[1] - 1)
             chosen = torch.where(inside, logits.gather(1, place[:, None])[:, 0], chosen)
         ctx.save_for_backward(hidden, weight, bias, targets, total)
-        ctx.facts = packing, size, chunk
-        return chosen - total
+        ctx.facts = packing, size, chunk, temperature
+        entropy, likeliest = total - mean, chosen >= largest
+        ctx.mark_non_differentiable(entropy, likeliest)
+        return chosen - total, entropy, likeliest
 
     @staticmethod
     @once_differentiable
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:  # type: ignore[override]
         hidden, weight, bias, targets, total = ctx.saved_tensors
-        packing, size, chunk = ctx.facts
+        packing, size, chunk, temperature = ctx.facts
         back = torch.zeros_like(hidden, dtype=torch.float32)
         to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and ctx.needs_input_grad[2] else None
         for first in range(0, size, chunk):
             last = min(first + chunk, size)
-            share = -(_logits(hidden, weight, bias, packing, first, last) - total[:, None]).exp_()  # −softmax
+            logits = _logits(hidden, weight, bias, packing, first, last)
+            share = -(logits.div_(temperature) - total[:, None]).exp_()  # −softmax
             inside = (targets >= first) & (targets < last)
             place = (targets - first).clamp(0, last - first - 1)
             share.scatter_add_(1, place[:, None], inside[:, None].float())
-            share *= grad[:, None]
+            share *= grad[:, None] / temperature
             back += share @ _rows(weight, packing, first, last, torch.float32)
             if to_weight is not None:
                 to_weight[first:last] = share.T @ hidden.float()
             if to_bias is not None:
                 to_bias[first:last] = share.sum(0)
         cast = [None if value is None else value.to(like.dtype) for value, like in ((to_weight, weight), (to_bias, bias))]
-        return back.to(hidden.dtype), *cast, None, None, None, None
+        return back.to(hidden.dtype), *cast, None, None, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, packing: str, first: int, last: int) -> Tensor:
@@ -78,11 +89,21 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, packing: str, f
     return logits if bias is None else logits + bias[first:last].float()
 
 
-def token_log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Log-probabilities of tokens, float32 (...), without logits of the whole vocabulary.
+@dataclass(frozen=True)
+class TokenScores:
+    """Of each target: its log-probability and the entropy of its distribution in nats, float32, and whether none is likelier."""
 
-    hidden: (..., width), what goes into ``head`` (nn.Linear or QuantLinear); targets: (...) token ids. At most
-    (tokens, chunk) logits exist at a time. Gradients for hidden, and for the head's own weights if they are trained.
+    log_probabilities: Tensor
+    entropy: Tensor
+    likeliest: Tensor
+
+
+def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK) -> TokenScores:
+    """What a model thinks of tokens, without logits of the whole vocabulary.
+
+    hidden: (..., width), what goes into ``head`` (nn.Linear or QuantLinear); targets: (...) token ids; temperature:
+    logits are divided by it. At most (tokens, chunk) logits exist at a time. The log-probabilities have gradients for
+    hidden, and for the head's own weights if they are trained.
     """
     if isinstance(head, QuantLinear):
         packing, size, bias = head.packing("weight"), head.out_features, head.bias
@@ -90,10 +111,15 @@ def token_log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, ch
         packing, size, bias = "", head.out_features, head.bias
     else:
         raise TypeError(f"a head of type {type(head).__name__} is none that can be taken in parts; give nn.Linear or QuantLinear")
-    flat = _LogProbabilities.apply(
-        hidden.reshape(-1, hidden.shape[-1]), head.weight, bias, targets.reshape(-1), packing, size, chunk
+    found = _Scores.apply(
+        hidden.reshape(-1, hidden.shape[-1]), head.weight, bias, targets.reshape(-1), packing, size, chunk, temperature
     )
-    return flat.reshape(targets.shape)
+    return TokenScores(*(value.reshape(targets.shape) for value in found))
+
+
+def token_log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Log-probabilities of tokens, float32 (...): see ``token_scores``."""
+    return token_scores(hidden, head, targets, chunk=chunk).log_probabilities
 
 
 def chunked_cross_entropy(
