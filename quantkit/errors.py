@@ -32,6 +32,14 @@ class PlanError(QuantkitError):
     """A plan that is invalid, or a budget that no plan can meet."""
 
 
+class AdapterError(QuantkitError):
+    """An adapter that does not belong to its base, or training that cannot be done."""
+
+
+class RewardError(QuantkitError):
+    """A reward function that fails, or data that rewards cannot be computed from."""
+
+
 class OutputError(QuantkitError):
     """Output that cannot be written: it exists, equals the input, or the disk is full."""
 

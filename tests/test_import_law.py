@@ -32,6 +32,7 @@ ORDER = [
     "evaluation",
     "session",
     "plans",
+    "rl",
     "api",
     "cli",
 ]

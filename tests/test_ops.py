@@ -38,8 +38,9 @@ def calls() -> dict:
         "linear_transposed": (q.linear_transposed, (back, rows, "Q4_K")),
         "grouped": (q.grouped, (x, experts, "Q6_K", ENDS, False)),
         "grouped_transposed": (q.grouped, (back, experts, "Q6_K", ENDS, True)),
-        "grouped_plain": (q.grouped_plain, (x, torch.randn(3, 13, 512).bfloat16(), ENDS, False)),
-        "grouped_plain_transposed": (q.grouped_plain, (back, torch.randn(3, 13, 512), ENDS, True)),
+        "grouped_plain": (q.grouped_plain, (x, torch.randn(3, 13, 512, requires_grad=True), ENDS, False)),
+        "grouped_plain_frozen": (q.grouped_plain, (x, torch.randn(3, 13, 512).bfloat16(), ENDS, False)),
+        "grouped_plain_transposed": (q.grouped_plain, (back, torch.randn(3, 13, 512, requires_grad=True), ENDS, True)),
         "swiglu": (q.swiglu, (x, rows, packed("Q4_0", 13, 16), "Q4_K", "Q4_0", None)),
         "swiglu_experts": (q.swiglu, (x, experts, packed("Q4_0", 3, 13, 16), "Q6_K", "Q4_0", ENDS)),
     }

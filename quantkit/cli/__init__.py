@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
     "generate": "Text from a model, with its weights packed: through torch or llama.cpp.",
     "tune": "What is fastest on this machine: programs of a GPU, or ways of compiling a model.",
+    "rl": "Teach and heal: adapters trained on packed weights, by examples and by rewards.",
     "repair": "A low-rank adapter that makes up for what quantizing took, within a size.",
     "verify": "Check a file or folder against its manifest and its own hashes.",
     "speed": "How fast this machine decodes each format.",

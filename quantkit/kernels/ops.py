@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,11 @@ def _grouped_plain(x, weight, ends, transposed):
     return torch.cat([x[a:b] @ matrix for a, b, matrix in zip(bounds, bounds[1:], matrices, strict=False)])
 
 
+def _grouped_outer(left, right, ends):
+    bounds = [0, *ends.tolist()]
+    return torch.stack([left[a:b].T @ right[a:b] for a, b in pairwise(bounds)])
+
+
 def _swiglu(x, gate, up, packing_gate, packing_up, ends):
     return product.swiglu(x, gate, up, (Packing.of(packing_gate), Packing.of(packing_up)), ends)
 
@@ -82,6 +89,10 @@ _grouped_plain_op = _operator(
     "grouped_plain", "(Tensor x, Tensor weight, Tensor ends, bool transposed) -> Tensor", _grouped_plain,
     lambda x, weight, ends, transposed: x.new_empty(x.shape[0], weight.shape[2 if transposed else 1]),
 )  # fmt: skip
+_grouped_outer_op = _operator(
+    "grouped_outer", "(Tensor left, Tensor right, Tensor ends) -> Tensor", _grouped_outer,
+    lambda left, right, ends: left.new_empty(ends.shape[0], left.shape[1], right.shape[1]),
+)  # fmt: skip
 _swiglu_op = _operator(
     "swiglu", "(Tensor x, Tensor gate, Tensor up, str packing_gate, str packing_up, Tensor? ends) -> Tensor", _swiglu,
     lambda x, gate, up, packing_gate, packing_up, ends: x.new_empty(*x.shape[:-1], gate.shape[-2]),
@@ -110,7 +121,7 @@ def grouped(x: Tensor, weight: Tensor, packing: str, ends: Tensor, transposed: b
 
 
 def grouped_plain(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool = False) -> Tensor:
-    """``grouped`` for matrices that are not packed, (experts, rows, columns), of any float type. A gradient for x."""
+    """``grouped`` for matrices that are not packed, (experts, rows, columns), of any float type. Gradients for both."""
     return _grouped_plain_op(_cast(x), weight, ends, transposed)
 
 
@@ -159,13 +170,17 @@ def _grouped_backward(ctx, grad):
 
 
 def _keep_grouped_plain(ctx, inputs, output):
-    _, weight, ends, ctx.transposed = inputs
-    ctx.save_for_backward(weight, ends)
+    x, weight, ends, ctx.transposed = inputs
+    ctx.save_for_backward(x if weight.requires_grad else None, weight, ends)
 
 
 def _grouped_plain_backward(ctx, grad):
-    weight, ends = ctx.saved_tensors
-    return grouped_plain(grad.contiguous(), weight, ends, not ctx.transposed), None, None, None
+    x, weight, ends = ctx.saved_tensors
+    back = grouped_plain(grad.contiguous(), weight, ends, not ctx.transposed) if ctx.needs_input_grad[0] else None
+    if x is None:
+        return back, None, None, None
+    left, right = (x, grad) if ctx.transposed else (grad, x)
+    return back, _grouped_outer_op(left.contiguous(), right.contiguous(), ends).to(weight.dtype), None, None
 
 
 def _keep_swiglu(ctx, inputs, output):

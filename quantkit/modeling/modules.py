@@ -186,30 +186,46 @@ class QuantExperts(Packed):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(tokens, hidden), expert numbers and their weights (tokens, k) → (tokens, hidden)."""
+        return self.routed(hidden_states, top_k_index, top_k_weights)
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        """Rows and columns of each expert's matrix."""
+        weight = getattr(self, name)
+        packed = self.formats[name] != PLAIN
+        return weight.shape[1], Packing.of(self.formats[name]).columns(weight) if packed else weight.shape[2]
+
+    def routed(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor,
+        addition: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``forward``, where ``addition`` gives what is added to a product: (its name, tokens sorted by expert, their ends)."""
         chosen = top_k_index.reshape(-1)
         order = torch.argsort(chosen, stable=True)
         counts = (chosen[:, None] == torch.arange(self.num_experts, device=chosen.device)).sum(0)
         ends = torch.cumsum(counts, 0).int()
         x = hidden_states[order // top_k_index.shape[1]]
-        out = self._product(self._inside(x, ends), "down_proj", ends)
+        inside = self._inside(x, ends, addition)
+        out = self._product(inside, "down_proj", ends, addition)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         out = out[back].reshape(*top_k_index.shape, -1)
         return (out * top_k_weights[..., None].to(out.dtype)).sum(1)
 
-    def _inside(self, x: Tensor, ends: Tensor) -> Tensor:
+    def _inside(self, x: Tensor, ends: Tensor, addition: Any) -> Tensor:
         """What goes into the last product."""
         packed = PLAIN not in (self.formats["gate_proj"], self.formats["up_proj"])
-        if packed and self.activation in ("silu", "swish"):
+        if addition is None and packed and self.activation in ("silu", "swish"):
             return ops.swiglu(x, self.gate_proj, self.up_proj, self.packing("gate_proj"), self.packing("up_proj"), ends)
         from transformers.activations import ACT2FN
 
-        return ACT2FN[self.activation](self._product(x, "gate_proj", ends)) * self._product(x, "up_proj", ends)
+        return ACT2FN[self.activation](self._product(x, "gate_proj", ends, addition)) * self._product(
+            x, "up_proj", ends, addition
+        )
 
-    def _product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+    def _product(self, x: Tensor, name: str, ends: Tensor, addition: Any) -> Tensor:
         weight = getattr(self, name)
-        if self.formats[name] != PLAIN:
-            return ops.grouped(x, weight, self.packing(name), ends)
-        return ops.grouped_plain(x, weight, ends)
+        packed = self.formats[name] != PLAIN
+        out = ops.grouped(x, weight, self.packing(name), ends) if packed else ops.grouped_plain(x, weight, ends)
+        return out if addition is None else out + addition(name, x, ends)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, " + ", ".join(f"{name}: {fmt or 'plain'}" for name, fmt in self.formats.items())

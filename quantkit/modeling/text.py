@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from quantkit.checkpoint import Checkpoint, HfCheckpoint
@@ -24,8 +25,8 @@ class TextEncoder:
         self.chat_template: str | None = metadata.get("tokenizer.chat_template")
         tokens = metadata["tokenizer.ggml.tokens"]
         self._special = {
-            name: tokens[metadata[f"tokenizer.ggml.{name}_token_id"]]
-            for name in ("bos", "eos")
+            short: tokens[metadata[f"tokenizer.ggml.{name}_token_id"]]
+            for name, short in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk"))
             if f"tokenizer.ggml.{name}_token_id" in metadata
         }
         if isinstance(checkpoint.opened, HfCheckpoint) and (checkpoint.path / "tokenizer.json").exists():
@@ -77,6 +78,24 @@ class TextEncoder:
             except TemplateError:
                 pass
         return "\n".join(message["content"] for message in messages)
+
+
+def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
+    """transformers' tokenizer of a model, with its special tokens and chat template; padding is the end where there is none.
+
+    It adds no tokens to a text. Raises CheckpointError for a kind that quantkit cannot run.
+    """
+    import transformers
+
+    text = TextEncoder(checkpoint)
+    names = {f"{name}_token": token for name, token in text._special.items()}
+    names.setdefault("pad_token", names.get("eos_token", ""))
+    if not names.get("eos_token"):
+        raise CheckpointError(f"{checkpoint.path.name} names no token that ends a text", hint="use a model with an eos token")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(text._tokenizer), **names)
+    tokenizer.backend_tokenizer.post_processor = None
+    tokenizer.chat_template = text.chat_template
+    return tokenizer
 
 
 def _byte_level(metadata: dict[str, Any]) -> Any:

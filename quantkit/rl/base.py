@@ -1,0 +1,88 @@
+"""The base that an adapter is trained on: its model with packed weights, its tokenizer, and a hash of every byte."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.checkpoint.files import read_json, write_text
+from quantkit.errors import AdapterError
+from quantkit.modeling.packed import packed_model
+from quantkit.modeling.text import transformers_tokenizer
+from quantkit.versions import package_versions
+
+BINDING = "quantkit_base.json"
+VERSION = 1
+
+
+@dataclass
+class Base:
+    """model: transformers' class, quantized tensors packed. digest: of all weights, see ``digest_of``."""
+
+    checkpoint: Checkpoint
+    model: Any
+    tokenizer: Any
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """Name of the file or folder."""
+        return self.checkpoint.path.resolve().name
+
+
+def open_base(path: str | Path, dtype: Any = None, device: str = "cpu") -> Base:
+    """A GGUF or folder, quantized or not, ready to be trained on. dtype: of activations and what is not packed."""
+    checkpoint = open_checkpoint(path)
+    model = packed_model(checkpoint, dtype, device)
+    return Base(checkpoint, model, transformers_tokenizer(checkpoint), digest_of(model))
+
+
+def digest_of(model: Any) -> str:
+    """SHA-256 over the name, type, shape and bytes of every weight of the base, adapters left out.
+
+    Packed weights count as they lie in the file, whatever order their device has; the names are those without PEFT.
+    """
+    import torch
+
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    total = hashlib.sha256()
+    for name, value in sorted(inner.state_dict().items()):
+        if "lora_" in name:
+            continue
+        plain = value.detach().cpu().contiguous()
+        total.update(f"{name.replace('.base_layer.', '.')} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def require_unchanged(base: Base, model: Any) -> None:
+    """Raise AdapterError if training changed the base."""
+    if digest_of(model) != base.digest:
+        raise AdapterError(
+            f"training changed the weights of {base.name}", hint="nothing was saved; report the model and the options"
+        )
+
+
+def bind(folder: Path, base: Base) -> None:
+    """Write into an adapter's folder which base it belongs to."""
+    said = {"quantkit_adapter": VERSION, "base": base.name, "digest": base.digest, "versions": package_versions("torch", "peft")}
+    write_text(folder / BINDING, json.dumps(said, indent=1) + "\n")
+
+
+def require_bound(folder: Path, base: Base) -> None:
+    """Raise AdapterError for an adapter that was trained on another base, naming both."""
+    file = folder / BINDING
+    if not file.exists():
+        raise AdapterError(f"{folder} has no {BINDING}", hint="give a folder that `quantkit rl` wrote")
+    said = read_json(file)
+    if said.get("quantkit_adapter") != VERSION:
+        raise AdapterError(f"{file} is of another version ({said.get('quantkit_adapter')})", hint="train the adapter again")
+    if said.get("digest") != base.digest:
+        raise AdapterError(
+            f"{folder} was trained on {said.get('base')} ({str(said.get('digest'))[:12]}…), not on {base.name} ({base.digest[:12]}…)",
+            hint="give the very file it was trained on",
+        )

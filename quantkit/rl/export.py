@@ -1,0 +1,126 @@
+"""What was trained, for other programs: adapter.gguf for llama.cpp, or merged into a new quantized file."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.checkpoint.adapter import AdaptedCheckpoint, Adapter, Pair, write_adapter
+from quantkit.checkpoint.files import read_json, refuse_existing
+from quantkit.checkpoint.safetensors_reader import SafetensorsFile
+from quantkit.checkpoint.source import CheckpointView
+from quantkit.errors import AdapterError
+from quantkit.modeling.skeleton import row_order, tensor_names
+from quantkit.planning.plan import Assignment, Plan
+from quantkit.quantizer.pipeline import run
+from quantkit.rl.base import Base, require_bound
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FRONT = "base_model.model."  # PEFT's, of every name
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Pairs by GGUF tensor in llama.cpp's order of rows, unscaled; alpha ÷ rank is their factor."""
+
+    pairs: dict[str, Pair]
+    alpha: float
+    rank: int
+
+
+def read_lora(folder: Path, checkpoint: Checkpoint) -> Lora:
+    """The adapter of a PEFT folder for a model. A factor by the root of the rank (rsLoRA) becomes part of alpha.
+
+    Raises AdapterError for what a GGUF adapter cannot hold: ranks that differ, biases, trained modules, DoRA.
+    """
+    if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
+        raise AdapterError(f"{folder} has no {WEIGHTS} and {CONFIG}", hint="give the folder that training wrote")
+    config, file = read_json(folder / CONFIG), SafetensorsFile(folder / WEIGHTS)
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias"):
+        if config.get(name):
+            raise AdapterError(f"{folder} has {name}: {config[name]!r}", hint="an adapter.gguf holds pairs of one rank only")
+    halves: dict[str, dict[str, np.ndarray]] = {}
+    for key, entry in file.entries.items():
+        stem, _, end = key.removeprefix(FRONT).rpartition(".lora_")
+        half, _, part = end.removesuffix(".weight").partition("_")
+        if half not in ("A", "B") or not stem:
+            raise AdapterError(f"{folder}: {key} is no half of a pair", hint="an adapter.gguf holds pairs only")
+        value = file.read_rows(key, 0, math.prod(entry.shape[:-1])).reshape(entry.shape)
+        name = _tensor(checkpoint, stem, part)
+        halves.setdefault(name, {})[half] = _rows_as_in_the_file(checkpoint, name, value) if half == "B" else value
+    pairs = {name: (found["A"], found["B"]) for name, found in halves.items() if len(found) == 2}
+    if len(pairs) < len(halves):
+        raise AdapterError(f"{folder}: {next(iter(halves.keys() - pairs.keys()))} has only half of a pair", hint="train again")
+    return Lora(pairs, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, rank)
+
+
+def _tensor(checkpoint: Checkpoint, module: str, part: str) -> str:
+    """GGUF tensor of a module; part: of its experts."""
+    if not part:
+        return tensor_names(checkpoint, f"{module}.weight")[0]
+    names = tensor_names(checkpoint, f"{module}.gate_up_proj") + tensor_names(checkpoint, f"{module}.down_proj")
+    return names[("gate_proj", "up_proj", "down_proj").index(part)]
+
+
+def _rows_as_in_the_file(checkpoint: Checkpoint, name: str, value: np.ndarray) -> np.ndarray:
+    """The second half in llama.cpp's order of rows (q and k of Llama)."""
+    if value.ndim == 3 or not checkpoint.family.permutes_qk:
+        return value
+    out = np.empty_like(value)
+    out[row_order(checkpoint, name)] = value
+    return out
+
+
+def export_adapter(folder: Path, base: Base, out: Path, force: bool = False) -> Lora:
+    """Write adapter.gguf (F32) for llama.cpp. Raises AdapterError if it belongs to another base, OutputError."""
+    require_bound(folder, base)
+    refuse_existing(out, force)
+    lora = read_lora(folder, base.checkpoint)
+    write_adapter(out, base.checkpoint.family.arch, lora.pairs, lora.alpha, "F32")
+    return lora
+
+
+class DecodedView(CheckpointView):
+    """A quantized model as if its tensors were F32."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        super().__init__(source)
+        self.tensors = {
+            name: info if info.dtype in source.plain_types else replace(info, dtype="F32")
+            for name, info in source.tensors.items()
+        }
+
+    def read_rows(self, name: str, start: int, stop: int) -> Any:
+        return self.source.read_rows(name, start, stop)
+
+
+def merge(folder: Path, base: Base, out: Path, force: bool = False) -> Plan:
+    """Write base plus adapter as a GGUF with the base's own types; tensors without a pair keep their very bytes.
+
+    The sum is rounded once more, by ggml's method without activation statistics: `compare` shows what that costs.
+    Raises AdapterError if the base is no GGUF or another one, OutputError.
+    """
+    require_bound(folder, base)
+    source = base.checkpoint
+    if not isinstance(source, GgufCheckpoint):
+        raise AdapterError(f"{base.name} is no GGUF", hint="merge into the GGUF, or ship adapter and base")
+    lora = read_lora(folder, source)
+    scaled = {name: (a, b * np.float32(lora.alpha / lora.rank)) for name, (a, b) in lora.pairs.items()}
+    view = AdaptedCheckpoint(DecodedView(source), Adapter(folder / WEIGHTS, source.family.arch, scaled))
+    tensors = {
+        info.name: Assignment(info.dtype, "ggml", "base plus adapter" if info.name in scaled else "as in the base")
+        for info in source.tensors.values()
+    }
+    given = {
+        name: source.read_packed(name, 0, info.rows)
+        for name, info in source.tensors.items() if name not in scaled and info.dtype not in source.plain_types
+    }  # fmt: skip
+    plan = Plan(f"merge of {folder.resolve().name}", "", view.identity, tensors, use_importance=False)
+    run(view, plan, out, force=force, given=given)
+    return plan

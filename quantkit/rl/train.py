@@ -1,0 +1,207 @@
+"""Training an adapter on a packed base: what all methods share, and supervised priming and GRPO."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import MissingDependencyError
+from quantkit.rl.base import Base, bind, open_base, require_bound, require_unchanged
+from quantkit.rl.data import Row, conversation, messages, read_template
+from quantkit.rl.folder import LOG, RUN, RunFolder
+from quantkit.rl.options import GrpoOptions, SftOptions, TrainOptions
+from quantkit.versions import package_versions
+
+Reward = Callable[..., list[float | None]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """folder: of the run. log: what was logged, a step each."""
+
+    folder: Path
+    base: str
+    steps: int
+    seconds: float
+    log: list[dict[str, Any]]
+
+
+def require_packages() -> None:
+    """Raise MissingDependencyError if TRL or PEFT is not installed."""
+    try:
+        import peft  # noqa: F401
+        import trl  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"training needs {error.name}", hint='pip install "quantkit-llm[rl]"') from None
+
+
+def quiet() -> None:
+    """No progress bars and advice from the libraries on our stderr."""
+    import datasets
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    datasets.disable_progress_bars()
+    for name in ("bitsandbytes", "trl", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "Unsupported layer type", module="peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+@dataclass
+class Job:
+    """One run before it starts: its folder, base, model with adapter, and options."""
+
+    folder: RunFolder
+    base: Base
+    model: Any
+    options: TrainOptions
+
+    def arguments(self, kind: Any, **more: Any) -> Any:
+        """TRL's configuration: what all methods have, and ``more``."""
+        options = self.options
+        return kind(
+            output_dir=str(self.folder.checkpoints), per_device_train_batch_size=options.batch,
+            gradient_accumulation_steps=options.accumulated, num_train_epochs=options.epochs, max_steps=options.steps or -1,
+            learning_rate=options.learning_rate, warmup_steps=options.warmup, lr_scheduler_type="cosine",
+            seed=options.seed, data_seed=options.seed, logging_steps=options.log_every, save_steps=options.save_every,
+            save_strategy="steps", save_total_limit=2, report_to=list(options.loggers), use_cpu=options.device == "cpu",
+            bf16=False, gradient_checkpointing=False, dataloader_pin_memory=options.device != "cpu", disable_tqdm=True,
+            log_level="error", optim="adamw_torch", **more,
+        )  # fmt: skip
+
+
+def prepare(base: Path, out: Path, options: TrainOptions, said: dict[str, Any], *, adapter: Path | None = None, template: Path | None = None,
+            marked: bool = False, resume: bool = False, force: bool = False) -> Job:  # fmt: skip
+    """Open the base, put an adapter on it (a new one, or the one of ``adapter``), and begin the folder of the run.
+
+    said: what else makes runs differ. Raises a QuantkitError.
+    """
+    require_packages()
+    import torch
+    import transformers
+
+    from quantkit.modeling.training import save_memory
+    from quantkit.rl.plugin_peft import DEFAULT_TARGETS, EXPERTS, lora_config, with_adapter, with_new_adapter
+
+    quiet()
+    transformers.set_seed(options.seed)
+    opened = open_base(base, torch.bfloat16 if options.device != "cpu" else None, options.device)
+    if template is not None:
+        opened.tokenizer.chat_template = read_template(template, marked)
+    identity = {"base": opened.digest, "options": options.as_json(), "template": opened.tokenizer.chat_template, **said}
+    if adapter is not None:
+        require_bound(adapter, opened)
+        identity["adapter"] = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    folder = RunFolder.begin(out, identity, resume, force)
+    lora = options.lora
+    if adapter is not None:
+        model = with_adapter(opened.model, str(adapter), trainable=True)
+    else:
+        targets = DEFAULT_TARGETS + ((EXPERTS,) if lora.experts else ())
+        config = lora_config(opened.model, lora.rank, lora.alpha, targets, lora_dropout=lora.dropout, use_rslora=lora.rslora)
+        model = with_new_adapter(opened.model, config)
+    if options.save_memory:
+        save_memory(model)
+    return Job(folder, opened, model, options)
+
+
+def finish(job: Job, trainer: Any, resume: bool) -> Outcome:
+    """Train, make sure that the base is what it was, and write the adapter."""
+    started = time.perf_counter()
+    last = job.folder.last_checkpoint() if resume else None
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    require_unchanged(job.base, job.model)
+    job.model.save_pretrained(str(job.folder.path), selected_adapters=["default"])
+    job.base.tokenizer.save_pretrained(str(job.folder.path))
+    bind(job.folder.path, job.base)
+    seconds = time.perf_counter() - started
+    said = json.loads((job.folder.path / RUN).read_text())["run"]
+    job.folder.write(
+        RUN,
+        {
+            "run": said,
+            "seconds": seconds,
+            "steps": trainer.state.global_step,
+            "versions": package_versions("torch", "trl", "peft"),
+        },
+    )
+    job.folder.write_lines(LOG, trainer.state.log_history)
+    return Outcome(job.folder.path, job.base.name, trainer.state.global_step, seconds, trainer.state.log_history)
+
+
+def sft(base: Path, rows: list[Row], out: Path, options: SftOptions | None = None, *, template: Path | None = None, system: str | None = None,
+        adapter: Path | None = None, resume: bool = False, force: bool = False) -> Outcome:  # fmt: skip
+    """Supervised priming on rows with ``prompt`` and ``completion`` (texts or messages) or with ``messages``.
+
+    The loss counts only what the model says; with ``messages`` the template must mark it. Raises a QuantkitError.
+    """
+    options = options or SftOptions()
+    options.accumulated  # noqa: B018 - raises for numbers that do not come out even
+    marked = "messages" in rows[0]
+    job = prepare(base, out, options, {"method": "sft", "data": _fingerprint(rows), "system": system}, adapter=adapter,
+                  template=template, marked=marked, resume=resume, force=force)  # fmt: skip
+    from datasets import Dataset
+    from trl import SFTConfig
+
+    from quantkit.rl.plugin_trl import SftTrainer, watch
+
+    chat = marked or job.base.tokenizer.chat_template is not None
+    given = (
+        rows if marked else [conversation(row, system) if chat else {k: row[k] for k in ("prompt", "completion")} for row in rows]
+    )
+    arguments = job.arguments(
+        SFTConfig, max_length=options.max_length, completion_only_loss=None if marked else True, assistant_only_loss=marked,
+        router_aux_loss_coef=0.0,
+    )  # fmt: skip
+    trainer = SftTrainer(
+        model=job.model, args=arguments, train_dataset=Dataset.from_list(given), processing_class=job.base.tokenizer
+    )
+    watch(trainer, job.folder)
+    return finish(job, trainer, resume)
+
+
+def grpo(base: Path, rows: list[Row], rewards: Sequence[Reward], out: Path, options: GrpoOptions | None = None, *, adapter: Path | None = None,
+         template: Path | None = None, system: str | None = None, tools: Sequence[Callable[..., Any]] = (), resume: bool = False,
+         force: bool = False) -> Outcome:  # fmt: skip
+    """Group-relative policy optimization on rows with ``prompt`` and whatever the rewards ask for.
+
+    adapter: a primed one, to which the divergence (beta) is then measured. Raises a QuantkitError.
+    """
+    options = options or GrpoOptions()
+    options.check(len(rewards))
+    names = [getattr(reward, "__name__", type(reward).__name__) for reward in rewards]
+    said = {"method": "grpo", "data": _fingerprint(rows), "system": system, "rewards": names}
+    job = prepare(base, out, options, said, adapter=adapter, template=template, resume=resume, force=force)
+    from datasets import Dataset
+    from trl import GRPOConfig
+
+    from quantkit.rl.plugin_trl import GrpoTrainer, watch
+    from quantkit.rl.rollouts import engine_of
+
+    chat = job.base.tokenizer.chat_template is not None
+    given = [{**row, "prompt": messages(row, system) if chat else row["prompt"]} for row in rows]
+    arguments = job.arguments(
+        GRPOConfig, num_generations=options.generations, max_completion_length=options.completion, temperature=options.temperature,
+        top_p=options.top_p, top_k=options.top_k, min_p=options.min_p or None, beta=options.beta, epsilon=options.epsilon,
+        epsilon_high=options.epsilon_high, loss_type=options.loss, mask_truncated_completions=options.mask_truncated,
+        reward_weights=list(options.weights) or None, router_aux_loss_coef=0.0, vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=options.correction, remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = GrpoTrainer(
+        model=job.model, reward_funcs=list(rewards), args=arguments, train_dataset=Dataset.from_list(given),
+        processing_class=job.base.tokenizer, engine=engine_of(options.engine, job.base, options.completion), tools=list(tools) or None, folder=job.folder,
+    )  # fmt: skip
+    watch(trainer, job.folder)
+    return finish(job, trainer, resume)
+
+
+def _fingerprint(rows: list[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,184 @@
+"""Adapters on packed bases: what is trained, what never changes, and a run that was stopped going on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantkit.checkpoint import open_checkpoint
+from quantkit.errors import AdapterError, OutputError
+from quantkit.modeling.modules import QuantLinear
+from quantkit.planning.standard import uniform_plan
+from quantkit.quantizer.pipeline import run
+from quantkit.rl import base as bases
+from quantkit.rl import train
+from quantkit.rl.options import GrpoOptions, LoraOptions, SftOptions
+
+ROWS = [{"prompt": f"Say {n}.", "completion": f"{n} and {n}"} for n in range(8)]
+SFT = SftOptions(steps=4, batch=4, together=8, learning_rate=1e-2, save_every=2, lora=LoraOptions(rank=4))
+GRPO = GrpoOptions(
+    steps=4, generations=4, together=16, batch=8, completion=6, learning_rate=1e-2, save_every=2, beta=0.01, lora=LoraOptions(rank=4)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def gguf(tiny_folder, tmp_path_factory):
+    """The path of a tiny model's GGUF, by architecture and format."""
+    folder = tmp_path_factory.mktemp("bases")
+
+    def get(name: str, fmt: str = "Q4_0") -> Path:
+        path = folder / f"{name}-{fmt}.gguf"
+        if not path.exists():
+            checkpoint = open_checkpoint(tiny_folder(name))
+            run(checkpoint, uniform_plan(checkpoint, fmt, None), path)
+        return path
+
+    return get
+
+
+def letters(prompts, completions, **columns):
+    """Rewards the letter a."""
+    return [float(text_of(completion).count("a")) for completion in completions]
+
+
+def text_of(completion) -> str:
+    return completion if isinstance(completion, str) else completion[0]["content"]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name, experts", [("llama", False), ("qwen3_moe", True)])
+def test_priming_lowers_the_loss_and_changes_no_byte_of_the_base(gguf, tmp_path, name, experts):
+    options = SftOptions(**{**vars(SFT), "steps": 8, "lora": LoraOptions(rank=4, experts=experts)})
+    outcome = train.sft(gguf(name), ROWS, tmp_path / "primed", options)
+    losses = [row["loss"] for row in outcome.log if "loss" in row]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+    base = bases.open_base(gguf(name))
+    assert json.loads((tmp_path / "primed" / bases.BINDING).read_text())["digest"] == base.digest
+    found = weights(tmp_path / "primed")
+    assert any("experts.lora_B_down_proj" in key for key in found) == experts
+    assert all(float(value.abs().max()) > 0 for key, value in found.items() if "lora_B" in key and "experts" not in key)
+    assert any(isinstance(module, QuantLinear) for module in base.model.modules())
+
+
+def test_an_adapter_belongs_to_its_base(gguf, tmp_path):
+    train.sft(gguf("llama"), ROWS, tmp_path / "primed", SFT)
+    with pytest.raises(AdapterError, match=r"was trained on llama-Q4_0\.gguf .*, not on llama-Q8_0\.gguf"):
+        train.grpo(gguf("llama", "Q8_0"), ROWS, [letters], tmp_path / "other", GRPO, adapter=tmp_path / "primed")
+    assert not (tmp_path / "other").exists()
+    (tmp_path / "primed" / bases.BINDING).unlink()
+    with pytest.raises(AdapterError, match="has no quantkit_base.json"):
+        train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "other", GRPO, adapter=tmp_path / "primed")
+
+
+def test_tokens_count_alike_however_batches_are_accumulated(gguf, tmp_path):
+    """Completions of very different lengths: one batch of 8, and 8 of one, give the same step."""
+    rows = [{"prompt": "Say it.", "completion": "word " * (1 + 3 * n)} for n in range(8)]
+    found = []
+    for batch in (1, 8):
+        options = SftOptions(steps=1, batch=batch, together=8, learning_rate=1e-2, warmup=0, lora=LoraOptions(rank=4))
+        outcome = train.sft(gguf("llama"), rows, tmp_path / str(batch), options)
+        found.append((outcome.log[0]["grad_norm"], outcome.log[0]["loss"], weights(tmp_path / str(batch))))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4) and found[0][1] == pytest.approx(found[1][1], rel=1e-5)
+    for key, value in found[0][2].items():
+        assert torch.allclose(value, found[1][2][key], atol=2e-4), key
+
+
+def stopped(folder: Path, step: int):
+    """A reward that stops the run when the log says that so many steps are done."""
+
+    def reward(prompts, completions, **columns):
+        log = folder / "log.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            raise KeyboardInterrupt
+        return letters(prompts, completions)
+
+    reward.__name__ = "letters"
+    return reward
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(gguf, tmp_path):
+    whole = train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "whole", GRPO)
+    with pytest.raises(KeyboardInterrupt):
+        train.grpo(gguf("llama"), ROWS, [stopped(tmp_path / "parts", 3)], tmp_path / "parts", GRPO)
+    assert not (tmp_path / "parts" / "adapter_model.safetensors").exists()
+    cut = tmp_path / "parts" / "checkpoints" / "checkpoint-3"  # as a kill in the middle of writing leaves it
+    cut.mkdir()
+    with pytest.raises(OutputError, match="--resume goes on"):
+        train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "parts", GRPO)
+    with pytest.raises(AdapterError, match="another data"):
+        train.grpo(gguf("llama"), ROWS[:7], [letters], tmp_path / "parts", GRPO, resume=True)
+    outcome = train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "parts", GRPO, resume=True)
+    assert not cut.exists() and outcome.steps == whole.steps == 4
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "parts")[key]), key
+    timed = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    logs = [[{k: v for k, v in row.items() if k not in timed} for row in log] for log in (whole.log, outcome.log)]
+    assert logs[0] == logs[1]
+    assert (tmp_path / "whole" / "samples.jsonl").read_text() == (tmp_path / "parts" / "samples.jsonl").read_text()
+
+
+def test_what_grpo_logs_and_keeps(gguf, tmp_path):
+    outcome = train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "run", GRPO)
+    row = outcome.log[0]
+    for name in (
+        "rewards/letters/mean",
+        "groups/dead",
+        "groups/dead_nothing",
+        "entropy",
+        "kl",
+        "completions/mean_length",
+        "grad_norm",
+    ):
+        assert np.isfinite(row[name]), name
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4  # the engine torch is the trainer's own model
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["step"] for sample in samples} == {0, 1, 2, 3} and len(samples) == 4 * 2 * GRPO.generations
+    for step in range(4):
+        group = [sample for sample in samples if sample["step"] == step and sample["group"] == 0]
+        rewards = np.array([sample["rewards"]["letters"] for sample in group])
+        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+        assert np.allclose([sample["advantage"] for sample in group], expected, atol=1e-4)
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert said["run"]["method"] == "grpo" and said["seconds"] > 0 and said["versions"]["trl"]
+
+
+def test_a_full_disk_costs_no_more_than_the_newest_checkpoint(gguf, tmp_path, monkeypatch):
+    from transformers import Trainer
+
+    save = Trainer._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if self.state.global_step == 4:
+            raise OSError(28, "No space left on device")
+        save(self, folder)
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(AdapterError, match=r"checkpoint-4 could not be written .*checkpoint-2 is there to go on from"):
+        train.sft(gguf("llama"), ROWS, tmp_path / "run", SFT)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert train.sft(gguf("llama"), ROWS, tmp_path / "run", SFT, resume=True).steps == 4
+    train.sft(gguf("llama"), ROWS, tmp_path / "whole", SFT)
+    assert all(torch.equal(value, weights(tmp_path / "run")[key]) for key, value in weights(tmp_path / "whole").items())
+
+
+def test_options_that_do_not_come_out_even_are_refused(gguf, tmp_path):
+    with pytest.raises(AdapterError, match="10 sequences a step are no multiple of a batch of 4"):
+        train.sft(gguf("llama"), ROWS, tmp_path / "a", SftOptions(together=10))
+    for change, words in (
+        ({"together": 18}, "18 completions a step are no multiple of groups of 4"), ({"generations": 1}, "no advantage"),
+        ({"loss": "ppo"}, "no loss 'ppo'"), ({"temperature": 0.0}, "above 0"), ({"weights": (1.0, 2.0)}, "2 weights for 1 rewards"),
+        ({"engine": "magic"}, "no engine 'magic'"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match=words):
+            train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "b", GrpoOptions(**{**vars(GRPO), **change}))
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
