@@ -18,7 +18,7 @@ from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
 from quantkit.rl import base as bases
 from quantkit.rl import train
-from quantkit.rl.options import GrpoOptions, LoraOptions, SftOptions
+from quantkit.rl.options import DpoOptions, GrpoOptions, LoraOptions, SftOptions
 
 ROWS = [{"prompt": f"Say {n}.", "completion": f"{n} and {n}"} for n in range(8)]
 SFT = SftOptions(steps=4, batch=4, together=8, learning_rate=1e-2, save_every=2, lora=LoraOptions(rank=4))
@@ -182,3 +182,38 @@ def test_options_that_do_not_come_out_even_are_refused(gguf, tmp_path):
         with pytest.raises(AdapterError, match=words):
             train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "b", GrpoOptions(**{**vars(GRPO), **change}))
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
+
+
+def test_llama_cpp_draws_with_the_live_adapter(gguf, tmp_path):
+    """A run with its completions: other tokens than torch's, a small mismatch that is corrected, every step's own adapter."""
+    options = GrpoOptions(**{**vars(GRPO), "engine": "llama", "steps": 3, "learning_rate": 3e-2})
+    base = bases.open_base(gguf("qwen3_moe"))
+    outcome = train.grpo(gguf("qwen3_moe"), ROWS, [letters], tmp_path / "llama", options)
+    apart = [row["sampling/sampling_logp_difference/mean"] for row in outcome.log if "kl" in row]
+    assert len(apart) == 3 and 1e-5 < max(apart) < 0.3  # the old adapter would be off by far more after such steps
+    assert outcome.log[-2]["kl"] > 0 and bases.digest_of(base.model) == base.digest
+    with pytest.raises(AdapterError, match="exceed the window of 12"):
+        train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "short", GrpoOptions(**{**vars(options), "max_length": 12}))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_preferences_move_the_margin(gguf, tmp_path, loss):
+    """Chosen answers become likelier than rejected ones, measured against the base without the adapter."""
+    pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no idea"} for row in ROWS]
+    marked = [
+        {"prompt": p["prompt"], "completion": p[name], "label": name == "chosen"}
+        for p in pairs
+        for name in ("chosen", "rejected")
+    ]
+    options = DpoOptions(steps=6, batch=4, together=8, learning_rate=1e-2, loss=loss, lora=LoraOptions(rank=4))
+    outcome = train.dpo(gguf("llama"), pairs if loss == "dpo" else marked, tmp_path / "run", options)
+    margins = [row["rewards/margins"] for row in outcome.log if "rewards/margins" in row]
+    assert len(margins) == 6 and margins[-1] > margins[0] + 0.1
+    again = train.dpo(
+        gguf("llama"),
+        pairs,
+        tmp_path / "again",
+        DpoOptions(**{**vars(options), "loss": "dpo", "steps": 1}),
+        adapter=tmp_path / "run",
+    )
+    assert abs(again.log[0]["rewards/margins"]) < 1e-4  # the reference is where this training began

@@ -61,6 +61,7 @@ def test_scores_in_parts_are_those_of_whole_logits(chunk):
         assert torch.allclose(found.log_probabilities, chosen, atol=1e-4)
         assert torch.allclose(found.entropy, -(expected.exp() * expected).sum(-1), atol=1e-3)
         assert torch.equal(found.likeliest, targets == logits.argmax(-1))
+        assert torch.allclose(found.mean_logit, logits.mean(-1), atol=1e-3)
         mine, theirs = (torch.autograd.grad(out, hidden, seed, retain_graph=True)[0] for out in (found.log_probabilities, chosen))
         assert torch.allclose(mine, theirs, atol=1e-4 * float(theirs.abs().max()))
 

@@ -29,7 +29,7 @@ def _rows(weight: Tensor, packing: str, first: int, last: int, dtype: torch.dtyp
 
 
 class _Scores(torch.autograd.Function):
-    """Of softmax((hidden · Wᵀ + b) / temperature): log-probability of the targets, entropy, whether they are the likeliest.
+    """Of softmax((hidden · Wᵀ + b) / temperature): see ``TokenScores``.
 
     Each (tokens,). Only the first has a gradient, for which the logits are made again.
     """
@@ -39,13 +39,14 @@ class _Scores(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, packing: str, size: int, chunk: int, temperature: float) -> Any:  # fmt: skip
         total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-        chosen, mean, largest = torch.zeros_like(total), torch.zeros_like(total), total
+        chosen, mean, plain, largest = torch.zeros_like(total), torch.zeros_like(total), torch.zeros_like(total), total
         for first in range(0, size, chunk):
             logits = _logits(hidden, weight, bias, packing, first, min(first + chunk, size)).div_(temperature)
             part, before = logits.logsumexp(1), total
             total = torch.logaddexp(total, part)
             inner = torch.linalg.vecdot(torch.exp(logits - part[:, None]), logits)  # mean logit of this part
             mean = torch.where(before.isinf(), inner, mean * torch.exp(before - total) + inner * torch.exp(part - total))
+            plain = plain + logits.sum(1) / size
             largest = torch.maximum(largest, logits.amax(1))
             inside = (targets >= first) & (targets < first + logits.shape[1])
             place = (targets - first).clamp(0, logits.shape[1] - 1)
@@ -53,8 +54,8 @@ class _Scores(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, targets, total)
         ctx.facts = packing, size, chunk, temperature
         entropy, likeliest = total - mean, chosen >= largest
-        ctx.mark_non_differentiable(entropy, likeliest)
-        return chosen - total, entropy, likeliest
+        ctx.mark_non_differentiable(entropy, likeliest, plain)
+        return chosen - total, entropy, likeliest, plain
 
     @staticmethod
     @once_differentiable
@@ -91,11 +92,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, packing: str, f
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Of each target: its log-probability and the entropy of its distribution in nats, float32, and whether none is likelier."""
+    """Of each target: its log-probability and the entropy of its distribution in nats, whether none is likelier, the mean logit."""
 
     log_probabilities: Tensor
     entropy: Tensor
     likeliest: Tensor
+    mean_logit: Tensor
 
 
 def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK) -> TokenScores:

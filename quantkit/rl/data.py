@@ -54,6 +54,15 @@ def require_fields(rows: list[Row], names: tuple[str, ...], path: Path) -> None:
                 )
 
 
+def require_labels(rows: list[Row], path: Path) -> None:
+    """Raise RewardError unless every row has a label, and both true and false occur."""
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("label"), bool):
+            raise RewardError(f"{path}, row {number}: the label is {row.get('label')!r}", hint="write true or false")
+    if len({row["label"] for row in rows}) == 1:
+        raise RewardError(f"{path}: all labels are {rows[0]['label']}", hint="good and bad answers are needed")
+
+
 def messages(row: Row, system: str | None) -> list[dict[str, str]]:
     """The prompt of a row as messages. A text becomes the user's."""
     prompt = row["prompt"]

@@ -34,29 +34,34 @@ class Lora:
 
 
 def read_lora(folder: Path, checkpoint: Checkpoint) -> Lora:
-    """The adapter of a PEFT folder for a model. A factor by the root of the rank (rsLoRA) becomes part of alpha.
+    """The adapter of a PEFT folder for a model: see ``lora_of``. Raises AdapterError."""
+    if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
+        raise AdapterError(f"{folder} has no {WEIGHTS} and {CONFIG}", hint="give the folder that training wrote")
+    file = SafetensorsFile(folder / WEIGHTS)
+    values = {name: file.read_rows(name, 0, math.prod(e.shape[:-1])).reshape(e.shape) for name, e in file.entries.items()}
+    return lora_of(values, read_json(folder / CONFIG), checkpoint, str(folder))
+
+
+def lora_of(values: dict[str, np.ndarray], config: dict[str, Any], checkpoint: Checkpoint, source: str) -> Lora:
+    """An adapter from PEFT's weights by name and its configuration. A factor by the root of the rank (rsLoRA) goes into alpha.
 
     Raises AdapterError for what a GGUF adapter cannot hold: ranks that differ, biases, trained modules, DoRA.
     """
-    if not (folder / WEIGHTS).exists() or not (folder / CONFIG).exists():
-        raise AdapterError(f"{folder} has no {WEIGHTS} and {CONFIG}", hint="give the folder that training wrote")
-    config, file = read_json(folder / CONFIG), SafetensorsFile(folder / WEIGHTS)
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     for name in ("rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "lora_bias"):
         if config.get(name):
-            raise AdapterError(f"{folder} has {name}: {config[name]!r}", hint="an adapter.gguf holds pairs of one rank only")
+            raise AdapterError(f"{source} has {name}: {config[name]!r}", hint="an adapter.gguf holds pairs of one rank only")
     halves: dict[str, dict[str, np.ndarray]] = {}
-    for key, entry in file.entries.items():
+    for key, value in values.items():
         stem, _, end = key.removeprefix(FRONT).rpartition(".lora_")
         half, _, part = end.removesuffix(".weight").partition("_")
         if half not in ("A", "B") or not stem:
-            raise AdapterError(f"{folder}: {key} is no half of a pair", hint="an adapter.gguf holds pairs only")
-        value = file.read_rows(key, 0, math.prod(entry.shape[:-1])).reshape(entry.shape)
+            raise AdapterError(f"{source}: {key} is no half of a pair", hint="an adapter.gguf holds pairs only")
         name = _tensor(checkpoint, stem, part)
         halves.setdefault(name, {})[half] = _rows_as_in_the_file(checkpoint, name, value) if half == "B" else value
     pairs = {name: (found["A"], found["B"]) for name, found in halves.items() if len(found) == 2}
     if len(pairs) < len(halves):
-        raise AdapterError(f"{folder}: {next(iter(halves.keys() - pairs.keys()))} has only half of a pair", hint="train again")
+        raise AdapterError(f"{source}: {next(iter(halves.keys() - pairs.keys()))} has only half of a pair", hint="train again")
     return Lora(pairs, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha, rank)
 
 

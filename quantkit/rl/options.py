@@ -116,6 +116,7 @@ class DpoOptions(TrainOptions):
     """beta: how strongly the adapter is held to the base. loss: ``dpo`` for pairs, ``kto`` for single marked answers."""
 
     learning_rate: float = 1e-5
+    batch: int = 2
     beta: float = 0.1
     loss: str = "dpo"
 

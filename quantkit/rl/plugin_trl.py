@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from quantkit.errors import AdapterError
@@ -62,8 +62,9 @@ def _scores(hidden: Tensor, head: Any, labels: Tensor, temperature: float, count
     log_probs = placed(found.log_probabilities)
     loss = -log_probs.sum() / (mask.sum().clamp(min=1) if count is None else count)
     return FusedCausalLMOutput(
-        loss=loss, log_probs=log_probs, entropy=placed(found.entropy), is_top1=placed(found.likeliest), label_mask=mask
-    )
+        loss=loss, log_probs=log_probs, entropy=placed(found.entropy), is_top1=placed(found.likeliest),
+        mean_logits=placed(found.mean_logit), label_mask=mask,
+    )  # fmt: skip
 
 
 class _Saves:
@@ -85,6 +86,22 @@ class _Saves:
 
 class SftTrainer(_Saves, SFTTrainer):
     """Supervised training; the loss of every token counts alike, however batches are accumulated."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        scored(self.model)
+
+
+class DpoTrainer(_Saves, DPOTrainer):
+    """Preferences in pairs; the reference is the model without the adapter, or with the one that training began with."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        scored(self.model)
+
+
+class KtoTrainer(_Saves, KTOTrainer):
+    """Single answers marked good or bad."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

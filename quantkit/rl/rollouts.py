@@ -104,11 +104,15 @@ class TorchEngine:
         return drawer.completions(out[:, width:].tolist())
 
 
-def engine_of(name: str, base: Base, longest: int) -> Engine:
-    """The engine of that name for a base. longest: tokens of a completion. Raises AdapterError for an unknown one."""
+def engine_of(name: str, base: Base, window: int) -> Engine:
+    """The engine of that name for a base. window: tokens of prompt and completion. Raises AdapterError for an unknown one."""
     if name == "torch":
         return TorchEngine()
-    raise AdapterError(f"no engine {name!r}", hint="choose torch")
+    if name == "llama":
+        from quantkit.rl.rollouts_llama import LlamaEngine
+
+        return LlamaEngine(base, window)
+    raise AdapterError(f"no engine {name!r}", hint="choose torch or llama")
 
 
 class Drawer:

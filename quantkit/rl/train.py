@@ -17,7 +17,7 @@ from quantkit.errors import MissingDependencyError
 from quantkit.rl.base import Base, bind, open_base, require_bound, require_unchanged
 from quantkit.rl.data import Row, conversation, messages, read_template
 from quantkit.rl.folder import LOG, RUN, RunFolder
-from quantkit.rl.options import GrpoOptions, SftOptions, TrainOptions
+from quantkit.rl.options import DpoOptions, GrpoOptions, SftOptions, TrainOptions
 from quantkit.versions import package_versions
 
 Reward = Callable[..., list[float | None]]
@@ -197,10 +197,45 @@ def grpo(base: Path, rows: list[Row], rewards: Sequence[Reward], out: Path, opti
     )  # fmt: skip
     trainer = GrpoTrainer(
         model=job.model, reward_funcs=list(rewards), args=arguments, train_dataset=Dataset.from_list(given),
-        processing_class=job.base.tokenizer, engine=engine_of(options.engine, job.base, options.completion), tools=list(tools) or None, folder=job.folder,
+        processing_class=job.base.tokenizer, engine=engine_of(options.engine, job.base, options.max_length), tools=list(tools) or None, folder=job.folder,
     )  # fmt: skip
     watch(trainer, job.folder)
     return finish(job, trainer, resume)
+
+
+def dpo(base: Path, rows: list[Row], out: Path, options: DpoOptions | None = None, *, adapter: Path | None = None,
+        template: Path | None = None, system: str | None = None, resume: bool = False, force: bool = False) -> Outcome:  # fmt: skip
+    """Preferences: rows with ``prompt``, ``chosen`` and ``rejected``, or (loss ``kto``) ``prompt``, ``completion`` and ``label``.
+
+    The reference is the base, or base and ``adapter`` where training goes on from one. Raises a QuantkitError.
+    """
+    options = options or DpoOptions()
+    said = {"method": options.loss, "data": _fingerprint(rows), "system": system}
+    job = prepare(base, out, options, said, adapter=adapter, template=template, resume=resume, force=force)
+    from datasets import Dataset
+    from trl import DPOConfig, KTOConfig
+
+    from quantkit.rl.plugin_trl import DpoTrainer, KtoTrainer, watch
+
+    names = ("chosen", "rejected") if options.loss == "dpo" else ("completion",)
+    chat = job.base.tokenizer.chat_template is not None
+    given = [
+        {"prompt": messages(row, system) if chat else row["prompt"], **{name: _said(row[name], chat) for name in names},
+         **({"label": bool(row["label"])} if options.loss == "kto" else {})}
+        for row in rows
+    ]  # fmt: skip
+    kind, trainer_class = (DPOConfig, DpoTrainer) if options.loss == "dpo" else (KTOConfig, KtoTrainer)
+    arguments = job.arguments(kind, max_length=options.max_length, beta=options.beta, router_aux_loss_coef=0.0)
+    trainer = trainer_class(
+        model=job.model, args=arguments, train_dataset=Dataset.from_list(given), processing_class=job.base.tokenizer
+    )
+    watch(trainer, job.folder)
+    return finish(job, trainer, resume)
+
+
+def _said(answer: Any, chat: bool) -> Any:
+    """An answer as messages where prompts are."""
+    return [{"role": "assistant", "content": answer}] if chat and isinstance(answer, str) else answer
 
 
 def _fingerprint(rows: list[Row]) -> str:
