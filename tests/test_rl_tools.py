@@ -235,6 +235,16 @@ def test_the_commands_prime_train_export_and_check(trained, tmp_path):
         "-o", tmp_path / "grpo", "--steps", 1, "--generations", 4, "--completion", 4, "--json", *common,
     ))  # fmt: skip
     assert found["steps"] == 1 and found["log"][0]["rewards/digits/mean"] > 0
+    call("rl", "report", tmp_path / "grpo")
+    page = (tmp_path / "grpo" / "report.html").read_text()
+    assert "digits" in page and page.count("<svg") > 5 and "src=" not in page and "@import" not in page
+    assert page.count("<tr><td><pre>") == 2 * 4 and "advantage" in page and "<script" not in page
+    assert "--force to replace it" in call("rl", "report", tmp_path / "grpo", ok=False)
+    assert "has no run.json" in call("rl", "report", tmp_path, ok=False)
+    pairs = lines(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 8)
+    assert "1 steps" in call("rl", "dpo", base, "--data", pairs, "-o", tmp_path / "dpo", "--steps", 1, *common)
+    labels = lines(tmp_path / "labels.jsonl", [{"prompt": "a", "completion": "b", "label": True}] * 8)
+    assert "all labels are True" in call("rl", "dpo", base, "--data", labels, "-o", tmp_path / "kto", "--loss", "kto", ok=False)
     assert "pairs of rank 2" in call("rl", "export", tmp_path / "grpo", "--base", base, "-o", tmp_path / "adapter.gguf")
     assert "tensors changed" in call("rl", "export", tmp_path / "grpo", "--base", base, "-o", tmp_path / "merged.gguf", "--merge")
     assert "--force to replace it" in call(

@@ -253,3 +253,15 @@ def export(run: Path, base: Path, output: Path, merge: bool, force: bool) -> Non
         return
     lora = export_adapter(run, opened, output, force)
     click.echo(f"{output}: {size(output.stat().st_size)}, {len(lora.pairs)} pairs of rank {lora.rank}, for {opened.name}")
+
+
+@command.command("report")
+@click.argument("run", type=PATH)
+@click.option("-o", "--output", type=PATH, help="HTML file (default: report.html in RUN).")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@guarded
+def report(run: Path, output: Path | None, force: bool) -> None:
+    """RUN as one offline HTML file: curves of every reward, groups with their advantages, advice. Also while it runs."""
+    from quantkit.rl.report import write_report
+
+    click.echo(f"{write_report(run, output or run / 'report.html', force)}")
