@@ -246,7 +246,8 @@ def test_the_commands_prime_train_export_and_check(trained, tmp_path):
     labels = lines(tmp_path / "labels.jsonl", [{"prompt": "a", "completion": "b", "label": True}] * 8)
     assert "all labels are True" in call("rl", "dpo", base, "--data", labels, "-o", tmp_path / "kto", "--loss", "kto", ok=False)
     assert "pairs of rank 2" in call("rl", "export", tmp_path / "grpo", "--base", base, "-o", tmp_path / "adapter.gguf")
-    assert "tensors changed" in call("rl", "export", tmp_path / "grpo", "--base", base, "-o", tmp_path / "merged.gguf", "--merge")
+    said = call("rl", "export", tmp_path / "grpo", "--base", base, "-o", tmp_path / "merged.gguf", "--merge")
+    assert "tensors changed" in said and "nats/token against base plus adapter" in said
     assert "--force to replace it" in call(
         "rl", "export", tmp_path / "grpo", "--base", base, "-o", tmp_path / "adapter.gguf", ok=False
     )

@@ -244,12 +244,17 @@ def export(run: Path, base: Path, output: Path, merge: bool, force: bool) -> Non
     from quantkit.rl.base import open_base
     from quantkit.rl.export import export_adapter
     from quantkit.rl.export import merge as merge_into
+    from quantkit.rl.export import merge_divergence
 
     opened = open_base(base)
     if merge:
         plan = merge_into(run, opened, output, force)
         changed = sum(entry.reason == "base plus adapter" for entry in plan.tensors.values())
         click.echo(f"{output}: {size(output.stat().st_size)}, {changed} tensors changed, all others are the base's very bytes")
+        mean, error = merge_divergence(run, opened, output)
+        click.echo(
+            f"rounding the sum costs {mean:.4g} ± {error:.2g} nats/token against base plus adapter (KL divergence, WikiText-2 excerpt)"
+        )
         return
     lora = export_adapter(run, opened, output, force)
     click.echo(f"{output}: {size(output.stat().st_size)}, {len(lora.pairs)} pairs of rank {lora.rank}, for {opened.name}")

@@ -29,7 +29,7 @@ def _rows(weight: Tensor, packing: str, first: int, last: int, dtype: torch.dtyp
 
 
 class _Scores(torch.autograd.Function):
-    """Of softmax((hidden · Wᵀ + b) / temperature): see ``TokenScores``.
+    """Of softmax((hidden · Wᵀ + b) / temperature): see ``TargetScores``.
 
     Each (tokens,). Only the first has a gradient, for which the logits are made again.
     """
@@ -91,7 +91,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, packing: str, f
 
 
 @dataclass(frozen=True)
-class TokenScores:
+class TargetScores:
     """Of each target: its log-probability and the entropy of its distribution in nats, whether none is likelier, the mean logit."""
 
     log_probabilities: Tensor
@@ -100,7 +100,7 @@ class TokenScores:
     mean_logit: Tensor
 
 
-def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK) -> TokenScores:
+def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: float = 1.0, chunk: int = CHUNK) -> TargetScores:
     """What a model thinks of tokens, without logits of the whole vocabulary.
 
     hidden: (..., width), what goes into ``head`` (nn.Linear or QuantLinear); targets: (...) token ids; temperature:
@@ -116,7 +116,7 @@ def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, temperature: 
     found = _Scores.apply(
         hidden.reshape(-1, hidden.shape[-1]), head.weight, bias, targets.reshape(-1), packing, size, chunk, temperature
     )
-    return TokenScores(*(value.reshape(targets.shape) for value in found))
+    return TargetScores(*(value.reshape(targets.shape) for value in found))
 
 
 def token_log_probabilities(hidden: Tensor, head: nn.Module, targets: Tensor, chunk: int = CHUNK) -> Tensor:

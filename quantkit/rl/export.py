@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from quantkit.checkpoint import Checkpoint, GgufCheckpoint
+from quantkit.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from quantkit.checkpoint.adapter import AdaptedCheckpoint, Adapter, Pair, write_adapter
 from quantkit.checkpoint.files import read_json, refuse_existing
 from quantkit.checkpoint.safetensors_reader import SafetensorsFile
@@ -129,3 +129,28 @@ def merge(folder: Path, base: Base, out: Path, force: bool = False) -> Plan:
     plan = Plan(f"merge of {folder.resolve().name}", "", view.identity, tensors, use_importance=False)
     run(view, plan, out, force=force, given=given)
     return plan
+
+
+def merge_divergence(folder: Path, base: Base, merged: Path, tokens: int = 4096) -> tuple[float, float]:
+    """What merging cost: mean KL divergence of the merged file from base plus adapter, nats/token, and its standard error.
+
+    On the text that `quantkit compare` takes by default, run in torch. Changes ``base.model``: it gets the adapter.
+    """
+    import torch
+
+    from quantkit.evaluation.compare import evaluation_windows
+    from quantkit.evaluation.texts import default_texts
+    from quantkit.metrics import kl_divergence
+    from quantkit.modeling.packed import packed_model
+    from quantkit.rl.plugin_peft import with_adapter
+
+    window = min(512, int(base.checkpoint.config.get("max_position_embeddings") or 512))
+    reference, candidate = with_adapter(base.model, str(folder)), packed_model(open_checkpoint(merged), device=base.model.device)
+    found = []
+    with torch.no_grad():
+        for ids in evaluation_windows(base.checkpoint, default_texts(), window, tokens):
+            given = torch.from_numpy(ids)[None].to(base.model.device)
+            a, b = (model(given, use_cache=False).logits[0].float() for model in (reference, candidate))
+            found.append(kl_divergence(torch.log_softmax(a, -1), b).cpu())
+    values = torch.cat(found).double()
+    return float(values.mean()), float(values.std() / len(values) ** 0.5)
