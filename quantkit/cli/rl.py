@@ -242,9 +242,8 @@ def _number(value: float | None) -> str:
 def export(run: Path, base: Path, output: Path, merge: bool, force: bool) -> None:
     """Write RUN's adapter for llama.cpp (--lora), or merge it into a new file."""
     from quantkit.rl.base import open_base
-    from quantkit.rl.export import export_adapter
+    from quantkit.rl.export import export_adapter, merge_divergence
     from quantkit.rl.export import merge as merge_into
-    from quantkit.rl.export import merge_divergence
 
     opened = open_base(base)
     if merge:
