@@ -17,7 +17,14 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.formats import get_format
 from quantkit.kernels import ops
 from quantkit.modeling.modules import QuantLinear
-from quantkit.modeling.training import Offload, chunked_cross_entropy, save_memory, token_log_probabilities, token_scores
+from quantkit.modeling.training import (
+    Offload,
+    chunked_cross_entropy,
+    distillation_loss,
+    save_memory,
+    token_log_probabilities,
+    token_scores,
+)
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
 
@@ -64,6 +71,19 @@ def test_scores_in_parts_are_those_of_whole_logits(chunk):
         assert torch.allclose(found.mean_logit, logits.mean(-1), atol=1e-3)
         mine, theirs = (torch.autograd.grad(out, hidden, seed, retain_graph=True)[0] for out in (found.log_probabilities, chosen))
         assert torch.allclose(mine, theirs, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("chunk", [4, 256])
+def test_distillation_in_parts_has_the_gradient_of_the_whole(chunk):
+    packed, plain = heads()
+    hidden, teacher = (torch.randn(2, 9, 256) / 400).requires_grad_(), torch.randn(2, 9, 256) / 400
+    wanted = log_softmax(plain(teacher), -1)
+    expected = (wanted.exp() * (wanted - log_softmax(plain(hidden), -1))).sum()
+    theirs = torch.autograd.grad(3 * expected, hidden)[0]
+    for head in (plain, packed):
+        found = distillation_loss(hidden, head, teacher, plain, chunk)
+        assert torch.allclose(found, expected, rtol=1e-4)
+        assert torch.allclose(torch.autograd.grad(3 * found, hidden)[0], theirs, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("chunk", [64, 300, 5000])

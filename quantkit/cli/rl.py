@@ -23,22 +23,25 @@ def command() -> None:
     """Commands for training."""
 
 
-def training(together: int, batch: int, rate: float, epochs: float) -> Callable[[Any], Any]:
-    """Options that every method has, with the defaults of one."""
-    options = [
-        click.argument("base", type=PATH),
+def training(together: int, batch: int, rate: float, epochs: float, rows: bool = True) -> Callable[[Any], Any]:
+    """Options that every method has, with the defaults of one. rows: it learns from rows with prompts, not from text."""
+    of_rows = [
         click.option("--data", required=True, type=PATH, help="Rows as JSON lines."),
         click.option("--field", "fields", multiple=True, metavar="NEW=OLD", help="Rename a field of the rows (prompt=question); repeat."),
-        click.option("-o", "--output", required=True, type=PATH, help="Folder of the run: adapter, log, samples, checkpoints."),
-        click.option("--adapter", type=PATH, help="Go on from this adapter, trained on the same BASE."),
         click.option("--template", type=PATH, help="Chat template (Jinja), for example with tags for reasoning."),
         click.option("--system", help="System prompt put in front of every prompt."),
+        click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True, help="Tokens of a sequence at most."),
+    ]  # fmt: skip
+    of_text = [click.option("--data", required=True, multiple=True, type=PATH, help="Plain text in UTF-8; repeat.")]
+    options = [
+        click.argument("base", type=PATH), *(of_rows if rows else of_text),
+        click.option("-o", "--output", required=True, type=PATH, help="Folder of the run: adapter, log, samples, checkpoints."),
+        click.option("--adapter", type=PATH, help="Go on from this adapter, trained on the same BASE."),
         click.option("--steps", type=click.IntRange(min=0), help="Steps of the optimizer (0: by --epochs)."),
         click.option("--epochs", type=float, default=epochs, show_default=True, help="Times through the rows."),
         click.option("--batch", type=click.IntRange(min=1), default=batch, show_default=True, help="Sequences in memory at a time."),
         click.option("--together", type=click.IntRange(min=1), default=together, show_default=True, help="Sequences of one step."),
         click.option("--learning-rate", type=float, default=rate, show_default=True),
-        click.option("--max-length", type=click.IntRange(min=8), default=1024, show_default=True, help="Tokens of a sequence at most."),
         click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="Rank of the adapter."),
         click.option("--alpha", type=click.IntRange(min=1), help="Its factor times the rank (default: twice the rank)."),
         click.option("--rslora", is_flag=True, help="Divide alpha by the square root of the rank."),
@@ -183,6 +186,30 @@ def dpo(base: Path, data: Path, output: Path, fields: tuple[str, ...], as_json: 
         require_labels(rows, data)
     options, rest = split(values, DpoOptions)
     said(train.dpo(base, rows, output, options, **rest), as_json, [])
+
+
+@command.command("qat")
+@training(together=16, batch=4, rate=1e-4, epochs=1.0, rows=False)
+@click.option("--teacher", required=True, type=PATH, help="The model that was quantized.")
+@click.option("--window", type=click.IntRange(min=16), default=256, show_default=True, help="Tokens of a sequence.")
+@click.option(
+    "--residual/--no-residual", default=True, show_default=True, help="Begin with the largest part of what quantizing took."
+)
+@guarded
+def qat(base: Path, data: tuple[Path, ...], output: Path, as_json: bool, **values: Any) -> None:
+    """Heal: an adapter that brings BASE's outputs back to the original's, on plain text.
+
+    A tenth of the text is kept to measure on. `rl export --merge` writes the result as a file of BASE's own types.
+    """
+    from quantkit.rl.heal import heal
+    from quantkit.rl.options import HealOptions
+
+    options, rest = split(values, HealOptions)
+    found = heal(base, rest.pop("teacher"), list(data), output, options, **rest)
+    said(found.outcome, as_json, [
+        f"KL divergence from the original on text kept apart: {found.base:.4g} nats/token before, {found.begun:.4g} as the adapter "
+        f"began, {found.healed:.4g} healed"
+    ])  # fmt: skip
 
 
 @command.command("check-rewards")

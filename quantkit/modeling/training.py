@@ -138,6 +138,40 @@ def chunked_cross_entropy(
     return losses.sum() / (count if count is not None else max(len(losses), 1))
 
 
+class _Distilled(torch.autograd.Function):
+    """Σ KL(teacher ‖ student) over tokens; the gradient for the student's hidden states is made on the way."""
+
+    @staticmethod
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, hidden: Tensor, head: Any, teacher: Tensor, teacher_head: Any, chunk: int) -> Tensor:
+        total, back = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        for first in range(0, len(hidden), chunk):
+            part = slice(first, first + chunk)
+            given = torch.log_softmax(head(hidden[part]).float(), -1)
+            wanted = torch.log_softmax(teacher_head(teacher[part]).float(), -1)
+            total += (wanted.exp() * (wanted - given)).sum()
+            slope = (given.exp() - wanted.exp()).to(hidden.dtype)
+            packed = isinstance(head, QuantLinear)
+            back[part] = ops.linear_transposed(slope, head.weight, head.packing("weight")) if packed else slope @ head.weight
+        ctx.save_for_backward(back)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return ctx.saved_tensors[0] * grad, None, None, None, None
+
+
+def distillation_loss(hidden: Tensor, head: nn.Module, teacher: Tensor, teacher_head: nn.Module, chunk: int = 256) -> Tensor:
+    """Sum over tokens of KL(teacher ‖ student), nats, with logits of ``chunk`` tokens at a time.
+
+    hidden, teacher: (..., width), what goes into the heads (nn.Linear or QuantLinear), which are not trained.
+    """
+    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), teacher.detach().reshape(-1, teacher.shape[-1])
+    return _Distilled.apply(flat, head, wanted, teacher_head, chunk)
+
+
 class Offload:
     """Keeps tensors that are saved for the backward pass on the CPU. The copies run beside the computation."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from quantkit.errors import AdapterError
@@ -121,7 +121,10 @@ class DpoOptions(TrainOptions):
     loss: str = "dpo"
 
 
-def changed(options: TrainOptions) -> dict[str, Any]:
-    """The options that are not the defaults."""
-    plain = type(options)()
-    return {f.name: getattr(options, f.name) for f in fields(options) if getattr(options, f.name) != getattr(plain, f.name)}
+@dataclass(frozen=True)
+class HealOptions(TrainOptions):
+    """window: tokens of a sequence. residual: begin with the largest part of what quantizing took, and not with nothing."""
+
+    learning_rate: float = 1e-4
+    window: int = 256
+    residual: bool = True

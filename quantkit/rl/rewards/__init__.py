@@ -3,6 +3,7 @@
 from quantkit.rl.rewards.answers import answer_score, first_number, gsm8k_answer, number_score, parse_number
 from quantkit.rl.rewards.base import Reward, compared, named, scored, text_of
 from quantkit.rl.rewards.checked import checked
+from quantkit.rl.rewards.code import code_reward
 from quantkit.rl.rewards.loading import RewardFile, by_name, load_file, load_rewards
 from quantkit.rl.rewards.shape import checklist, language, length, no_repetition, numeric_distance, pattern, string_distance
 from quantkit.rl.rewards.tags import DEFAULT, Tags, approximate_format, exact_format, solution
@@ -22,6 +23,7 @@ __all__ = [
     "by_name",
     "checked",
     "checklist",
+    "code_reward",
     "compared",
     "exact_format",
     "first_number",

@@ -17,6 +17,7 @@ from quantkit.errors import RewardError
 from quantkit.rl.rewards.answers import answer_score, number_score
 from quantkit.rl.rewards.base import Reward, place_of
 from quantkit.rl.rewards.checked import checked
+from quantkit.rl.rewards.code import code_reward
 from quantkit.rl.rewards.shape import no_repetition, numeric_distance, string_distance
 from quantkit.rl.rewards.tags import DEFAULT, Tags, approximate_format, exact_format
 
@@ -30,6 +31,7 @@ PLAIN: dict[str, Callable[[], Reward]] = {
     "string_distance": string_distance,
     "numeric_distance": numeric_distance,
     "no_repetition": no_repetition,
+    "code": code_reward,
 }
 LIBRARY = "library:"
 TO_BE_SET = ("length", "pattern", "language", "checklist")
