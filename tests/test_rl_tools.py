@@ -274,3 +274,44 @@ def test_bad_rows_are_refused(trained, tmp_path, text, words):
     assert "is not NEW=OLD" in call(
         "rl", "sft", base, "--data", tmp_path / "b.jsonl", "-o", tmp_path / "x", "--field", "a", ok=False
     )
+
+
+def test_pass_at_k_before_and_after(trained, tmp_path):
+    """The same prompts and random numbers: an adapter that changes nothing changes no rate; completions of one that does differ."""
+    from quantkit.rl.measure import measure
+
+    base, out = trained("llama")
+    rows = [{"prompt": f"Say {n}."} for n in range(4)]
+
+    def vowels(prompts, completions, **columns):
+        return [float("a" in completion[0]["content"]) for completion in completions]
+
+    before, after = measure(base, rows, [vowels], 6, (1, 3, 6), adapter=out, completion=5)
+    assert 0 < before.pass_at[1] < before.pass_at[3] < before.pass_at[6] <= 1 and before.pass_at[1] == pytest.approx(
+        before.reward
+    )
+    assert before.majority_at[1] == pytest.approx(before.pass_at[1]) and before.pass_errors[1] > 0
+    assert (after.reward, after.name) != (before.reward, before.name) and after.name.endswith("llama-False")
+    (alone,) = measure(base, rows, [vowels], 6, (1, 3, 6), completion=5)
+    assert alone == before
+    with pytest.raises(AdapterError, match="k of"):
+        measure(base, rows, [vowels], 2, (4,))
+    (tmp_path / "r.py").write_text(
+        "def vowels(prompts, completions, **c):\n    return [float('a' in x[0]['content']) for x in completions]\n"
+    )
+    said = call(
+        "rl",
+        "measure",
+        base,
+        "--data",
+        lines(tmp_path / "p.jsonl", rows),
+        "--rewards",
+        tmp_path / "r.py",
+        "-n",
+        2,
+        "-k",
+        1,
+        "--completion",
+        3,
+    )
+    assert "pass@1" in said and "4 prompts, 2 completions each" in said

@@ -296,3 +296,46 @@ def report(run: Path, output: Path | None, force: bool) -> None:
     from quantkit.rl.report import write_report
 
     click.echo(f"{write_report(run, output or run / 'report.html', force)}")
+
+
+@command.command("measure")
+@click.argument("base", type=PATH)
+@click.option("--data", required=True, type=PATH, help="Rows with prompts: JSON lines that training did not see.")
+@click.option("--field", "fields", multiple=True, metavar="NEW=OLD", help="Rename a field of the rows; repeat.")
+@click.option("--rewards", required=True, help="A Python file, or library:NAME: what tells right completions from wrong ones.")
+@click.option(
+    "--right-above", type=float, default=0.0, show_default=True, help="A completion is right if its rewards sum up to more."
+)
+@click.option("--adapter", type=PATH, help="A run's folder: the rates before and after.")
+@click.option("-n", "count", type=click.IntRange(min=1), default=16, show_default=True, help="Completions of each prompt.")
+@click.option("-k", "ks", type=click.IntRange(min=1), multiple=True, default=(1, 4, 8), show_default=True, help="Repeat.")
+@click.option("--template", type=PATH, help="Chat template (default: the model's).")
+@click.option("--system", help="System prompt put in front of every prompt.")
+@click.option("--completion", type=click.IntRange(min=1), default=256, show_default=True, help="Tokens of a completion at most.")
+@click.option("--temperature", type=float, default=1.0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@guarded
+def measure(base: Path, data: Path, fields: tuple[str, ...], rewards: str, count: int, as_json: bool, **values: Any) -> None:
+    """pass@k and majority@k of BASE, and with an adapter, on the same prompts with the same random numbers."""
+    from dataclasses import asdict
+
+    from quantkit.rl.measure import measure as rates_of
+    from quantkit.rl.rewards.loading import rewards_of
+
+    rows = rows_of(data, fields, ("prompt",))
+    found = rates_of(base, rows, rewards_of(rewards)[0], count, values.pop("ks"), **values)
+    if as_json:
+        emit_json([asdict(rates) for rates in found])
+        return
+    ks = list(found[0].pass_at)
+    table = [
+        [r.name, *(f"{r.pass_at[k]:.1%} ± {r.pass_errors[k]:.1%}" for k in ks), *(f"{r.majority_at[k]:.1%}" for k in ks), f"{r.reward:.3g}"]
+        for r in found
+    ]  # fmt: skip
+    print_table(
+        f"{len(rows)} prompts, {count} completions each",
+        ["model", *(f"pass@{k}" for k in ks), *(f"majority@{k}" for k in ks), "mean reward"],
+        table,
+    )
