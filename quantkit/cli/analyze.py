@@ -14,11 +14,16 @@ from quantkit.progress import stop_all
 @click.command("analyze", help="What hurts: the cost of every tensor in every format, super weights, outliers.")
 @click.argument("model", type=click.Path(path_type=Path))
 @common
+@click.option("--against", help="Another model of this architecture, or FILE+ADAPTER: show where its weights moved, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
-def command(model: Path, as_json: bool, **values: Any) -> None:
+def command(model: Path, against: str | None, as_json: bool, **values: Any) -> None:
     """Measure, write the work directory, print the table."""
     import json
+
+    if against is not None:
+        print_difference(model, Path(against), as_json)
+        return
 
     from quantkit.analysis.run import ANALYSIS, IMATRIX, PICTURE, work_directory
     from quantkit.api import analyze
@@ -50,6 +55,27 @@ def command(model: Path, as_json: bool, **values: Any) -> None:
         if tensor.uncovered_experts:
             click.echo(f"not reached by the calibration text: experts {tensor.uncovered_experts} of {name}", err=True)
     click.echo(f"written: {work / ANALYSIS}, {work / IMATRIX}, {work / PICTURE}")
+
+
+def print_difference(model: Path, against: Path, as_json: bool) -> None:
+    """Which weights a fine-tune or an adapter moved, by role and layer."""
+    from dataclasses import asdict
+
+    from quantkit.analysis.difference import differences
+    from quantkit.evaluation.compare import open_candidate
+
+    before, after = open_candidate(model), open_candidate(against)
+    found = differences(before, after)
+    stop_all()
+    if as_json:
+        emit_json([asdict(moved) for moved in found])
+        return
+    rows = [
+        [m.tensor, m.role, f"{m.energy:.2e}", f"{m.rank:.0f} of {m.full}", f"{m.top:.0%}"]
+        for m in sorted(found, key=lambda m: -m.energy)
+    ]  # fmt: skip
+    columns = ["tensor", "role", "energy moved ÷ weights", "directions for 90 %", "largest"]
+    print_table(f"{len(found)} of {len(before.tensors)} tensors moved, those that moved most first", columns, rows, left=2)
 
 
 def print_coverage(sensitivity: Any) -> None:
