@@ -153,7 +153,7 @@ def train_base(recipe: Recipe, folder: Path) -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.rate, recipe.steps)
     for step in range(recipe.steps):
         lines = [line(rng, recipe.wrong) for _ in range(recipe.batch)]
-        ids = [[*tokenizer(text, add_special_tokens=False).input_ids, 1] for text in lines]
+        ids = [[0, *tokenizer(text, add_special_tokens=False).input_ids, 1] for text in lines]
         width = max(map(len, ids))
         given = torch.tensor([row + [2] * (width - len(row)) for row in ids])
         loss = model(input_ids=given, labels=given.masked_fill(given == 2, -100)).loss
@@ -188,7 +188,7 @@ def accuracy(base: Path, adapter: Path | None, seed: int = 7) -> tuple[float, fl
     opened = open_base(base)
     model = opened.model if adapter is None else with_adapter(opened.model, str(adapter))
     digits = draws(99, True, HELD)
-    prompts = [opened.tokenizer(question(row), add_special_tokens=False).input_ids for row in digits]
+    prompts = [opened.tokenizer(question(row)).input_ids for row in digits]
     sampling = Sampling(2 * DIGITS + 3, 1.0, [opened.tokenizer.eos_token_id], opened.tokenizer.pad_token_id, seed)
     found = TorchEngine(batch=256).complete(model.eval(), prompts, sampling)
     texts = opened.tokenizer.batch_decode(found.ids, skip_special_tokens=True)

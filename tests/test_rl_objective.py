@@ -37,8 +37,8 @@ def trainer(tmp_path_factory):
     )  # fmt: skip
     return GrpoTrainer(
         model=with_new_adapter(base.model, lora_config(base.model, 2)), reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
-        args=arguments, train_dataset=Dataset.from_list([{"prompt": "a"}]), processing_class=base.tokenizer, engine=TorchEngine(),
-        folder=RunFolder(folder),
+        args=arguments, train_dataset=Dataset.from_list([{"prompt": "a", "quantkit_row": 0}]), processing_class=base.tokenizer, engine=TorchEngine(),
+        folder=RunFolder(folder), rows=[{"prompt": "a"}],
     )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def advantages(trainer, rewards: list[float], monkeypatch) -> list[float]:
     monkeypatch.setattr(trainer.engine, "complete", lambda *_: found)
     monkeypatch.setattr(trainer, "reward_funcs", [lambda completions, **_: rewards])
     trainer.model.train()
-    out = trainer._generate_and_score_completions([{"prompt": "a"}] * 4)
+    out = trainer._generate_and_score_completions([{"prompt": "a", "quantkit_row": 0}] * 4)
     return out["advantages"].tolist()
 
 

@@ -164,11 +164,9 @@ def reward(score):
     (lambda n, text, columns: None, "applies to none"),
 ])  # fmt: skip
 def test_rewards_that_lie_are_told(score, words):
-    from quantkit.rl.rewards import checked
-
     made = reward(score)
     made.__name__ = "mine"
-    (finding,) = check_rewards([checked(made)], GOOD, BAD)
+    (finding,) = check_rewards([made], GOOD, BAD)
     with_warnings = " | ".join(finding.warnings)
     import re
 

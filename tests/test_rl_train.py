@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantkit.checkpoint import open_checkpoint
-from quantkit.errors import AdapterError, OutputError
+from quantkit.errors import AdapterError, OutputError, RewardError
 from quantkit.modeling.modules import QuantLinear
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run
@@ -69,6 +68,34 @@ def test_priming_lowers_the_loss_and_changes_no_byte_of_the_base(gguf, tmp_path,
     assert any(isinstance(module, QuantLinear) for module in base.model.modules())
 
 
+MARKED = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}\n{% endif %}{% endfor %}"
+)
+
+
+def test_conversations_count_only_what_the_model_says(gguf, tmp_path):
+    """The same loss as with prompt and completion; a template that marks nothing, or is broken, is refused by name."""
+    template = tmp_path / "marked.jinja"
+    template.write_text(MARKED)
+    rows = [
+        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]} for r in ROWS
+    ]
+    options = SftOptions(**{**vars(SFT), "steps": 1})
+    spoken = train.sft(gguf("llama"), rows, tmp_path / "spoken", options, template=template, system="Be brief.")
+    assert 0 < spoken.log[0]["loss"] < 20 and spoken.log[0]["num_tokens"] > 8 * 4
+    plain = tmp_path / "plain.jinja"
+    plain.write_text(MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+    with pytest.raises(RewardError, match="does not mark"):
+        train.sft(gguf("llama"), rows, tmp_path / "x", options)
+    with pytest.raises(RewardError, match="does not mark"):
+        train.sft(gguf("llama"), rows, tmp_path / "x", options, template=plain)
+    plain.write_text("{% for m in messages %}")
+    with pytest.raises(RewardError, match=r"plain\.jinja, line 1"):
+        train.sft(gguf("llama"), ROWS, tmp_path / "x", options, template=plain)
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_adapter_belongs_to_its_base(gguf, tmp_path):
     train.sft(gguf("llama"), ROWS, tmp_path / "primed", SFT)
     with pytest.raises(AdapterError, match=r"was trained on llama-Q4_0\.gguf .*, not on llama-Q8_0\.gguf"):
@@ -114,6 +141,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(gguf, tmp_path):
     cut.mkdir()
     with pytest.raises(OutputError, match="--resume goes on"):
         train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "parts", GRPO)
+    with pytest.raises(AdapterError, match="nothing to resume"):
+        train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "mistyped", GRPO, resume=True)
     with pytest.raises(AdapterError, match="another data"):
         train.grpo(gguf("llama"), ROWS[:7], [letters], tmp_path / "parts", GRPO, resume=True)
     outcome = train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "parts", GRPO, resume=True)
@@ -177,11 +206,51 @@ def test_options_that_do_not_come_out_even_are_refused(gguf, tmp_path):
     for change, words in (
         ({"together": 18}, "18 completions a step are no multiple of groups of 4"), ({"generations": 1}, "no advantage"),
         ({"loss": "ppo"}, "no loss 'ppo'"), ({"temperature": 0.0}, "above 0"), ({"weights": (1.0, 2.0)}, "2 weights for 1 rewards"),
-        ({"engine": "magic"}, "no engine 'magic'"),
+        ({"engine": "magic"}, "no engine 'magic'"), ({"together": 64}, "8 rows are too few for 16 prompts"), ({"max_length": 8}, "exceeds 8"),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match=words):
             train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "b", GrpoOptions(**{**vars(GRPO), **change}))
-        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        assert not (tmp_path / "b").exists()
+
+
+def test_a_base_is_known_on_every_device_and_keeps_its_angles(gguf):
+    """In bfloat16, as on a GPU: the same hash, other bytes in memory, rotary frequencies still in float32."""
+    plain, half = bases.open_base(gguf("llama")), bases.open_base(gguf("llama"), torch.bfloat16)
+    assert plain.digest == half.digest and plain.held != half.held
+    frequencies = [base.model.model.rotary_emb.inv_freq for base in (plain, half)]
+    assert frequencies[1].dtype == torch.float32 and torch.equal(*frequencies)
+    assert half.model.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_what_was_primed_goes_with_the_adapter_and_rewards_get_the_rows_as_they_are(gguf, tmp_path):
+    """The template of priming is used again; columns of any types reach the reward unchanged, None where a row has none."""
+    template = tmp_path / "tags.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    train.sft(gguf("llama"), ROWS, tmp_path / "primed", SFT, template=template)
+    seen = []
+
+    def reward(prompts, completions, tests, **columns):
+        seen.extend(zip(tests, columns["extra"], strict=True))
+        return [0.0] * len(completions)
+
+    odd = [{"a": 1}, {"b": [1, "x"]}, [1, 2.5], "text", None, 3, [[1], 2], {}]
+    rows = [
+        {**row, "tests": value, **({"extra": n} if n > 3 else {})} for n, (row, value) in enumerate(zip(ROWS, odd, strict=True))
+    ]
+    options = GrpoOptions(**{**vars(GRPO), "steps": 2})
+    train.grpo(gguf("llama"), rows, [reward], tmp_path / "run", options, adapter=tmp_path / "primed")
+    assert all((value, n if n > 3 else None) in seen for n, value in enumerate(odd)) and len(seen) == 2 * 16
+    assert "<think>" in json.loads((tmp_path / "run" / "run.json").read_text())["run"]["template"]
+    with pytest.raises(AdapterError, match="is the adapter itself"):
+        train.grpo(gguf("llama"), rows, [reward], tmp_path / "run", options, adapter=tmp_path / "run", force=True)
+    with pytest.raises(AdapterError, match="has rank 4, not 8"):
+        other = GrpoOptions(**{**vars(options), "lora": LoraOptions(rank=8)})
+        train.grpo(gguf("llama"), rows, [reward], tmp_path / "x", other, adapter=tmp_path / "run")
+    with pytest.raises(AdapterError, match="no packed experts"):
+        train.sft(gguf("llama"), ROWS, tmp_path / "x", SftOptions(lora=LoraOptions(experts=True)))
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists() and not (tmp_path / "x").exists()
 
 
 def test_llama_cpp_draws_with_the_live_adapter(gguf, tmp_path):
@@ -191,8 +260,8 @@ def test_llama_cpp_draws_with_the_live_adapter(gguf, tmp_path):
     outcome = train.grpo(gguf("qwen3_moe"), ROWS, [letters], tmp_path / "llama", options)
     apart = [row["sampling/sampling_logp_difference/mean"] for row in outcome.log if "kl" in row]
     assert len(apart) == 3 and 1e-5 < max(apart) < 0.3  # the old adapter would be off by far more after such steps
-    assert outcome.log[-2]["kl"] > 0 and bases.digest_of(base.model) == base.digest
-    with pytest.raises(AdapterError, match="exceed the window of 12"):
+    assert outcome.log[-2]["kl"] > 0 and bases.digest_of(base.model) == base.held
+    with pytest.raises(AdapterError, match="that exceeds 12"):
         train.grpo(gguf("llama"), ROWS, [letters], tmp_path / "short", GrpoOptions(**{**vars(options), "max_length": 12}))
 
 

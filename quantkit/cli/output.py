@@ -27,7 +27,7 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             click.echo(f"error: {error}", err=True)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            click.echo("interrupted; finished stages are kept in the work directory", err=True)
+            click.echo("interrupted; what was finished is kept: run it again (training: with --resume)", err=True)
             raise SystemExit(130) from None
         except BrokenPipeError:
             sys.stderr.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,9 @@ def sft(base: Path, data: Path, output: Path, fields: tuple[str, ...], as_json: 
 @click.option("--epsilon-high", type=float, default=0.28, show_default=True, help="How far it may rise.")
 @click.option("--loss", type=click.Choice(["grpo", "dr_grpo", "dapo", "bnpo"]), default="dapo", show_default=True)
 @click.option("--mask-truncated", is_flag=True, help="Completions that did not end count for nothing.")
-@click.option("--engine", default="torch", show_default=True, help="Where completions come from: torch or llama.")
+@click.option(
+    "--engine", type=click.Choice(["torch", "llama"]), default="torch", show_default=True, help="Where completions come from."
+)
 @click.option(
     "--correction", type=float, default=3.0, show_default=True, help="Most that a token weighs for the engine's mismatch."
 )
@@ -158,7 +161,8 @@ def grpo(base: Path, data: Path, output: Path, fields: tuple[str, ...], rewards:
     functions, weights = rewards_of(rewards)
     values["steps"] = 100 if values["steps"] is None else values["steps"]
     options, rest = split({**values, "weights": weights}, GrpoOptions)
-    outcome = train.grpo(base, rows, functions, output, options, **rest)
+    source = sha256(Path(rewards).read_bytes()).hexdigest() if Path(rewards).exists() else rewards
+    outcome = train.grpo(base, rows, functions, output, options, source=source, **rest)
     said(outcome, as_json, advice_for_grpo(outcome.log))
 
 

@@ -146,8 +146,9 @@ class QuantMLP(nn.Module):
 
 
 def _can_be_fused(module: nn.Module) -> TypeGuard[QuantLinear]:
-    """Whether calling a map does nothing but its product."""
-    return type(module) is QuantLinear and module.bias is None and not module._forward_hooks and not module._forward_pre_hooks
+    """Whether calling a map does nothing but its product: no hooks, nor accelerate's way of putting another forward there."""
+    plain = type(module) is QuantLinear and module.bias is None and "forward" not in module.__dict__
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class QuantEmbedding(Packed):

@@ -43,8 +43,12 @@ def packed_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None, devic
         mark(model, formats, rope_divisors(checkpoint))
     fill(checkpoint, model, dtype or torch.float32, done)
     join_gates(model)
+    exact = dict(model.model.rotary_emb.named_buffers())  # angles grow with the position: their steps stay float32
     try:
-        return model.to(dtype or torch.float32).to(device)
+        model.to(dtype or torch.float32)
+        for name, buffer in exact.items():
+            model.model.rotary_emb.get_buffer(name).data = buffer.data.float()
+        return model.to(device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{checkpoint.path.name} cannot be put on {device} ({error})", hint="try the device cpu") from None
 

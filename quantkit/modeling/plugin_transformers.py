@@ -16,6 +16,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.integrations import peft as peft_integration
+from transformers.models.auto import auto_factory
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -209,3 +211,14 @@ def _config(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
 
 
 transformers.AutoConfig.from_pretrained = classmethod(_config)  # type: ignore[method-assign, assignment]
+
+# With PEFT installed transformers also looks for an adapter at the path, which for a file means on the Hub.
+_find_adapter = auto_factory.find_adapter_config_file
+
+
+def _adapter(path: Any, *args: Any, **kwargs: Any) -> Any:
+    return None if Path(str(path)).suffix == SUFFIX and Path(str(path)).is_file() else _find_adapter(path, *args, **kwargs)
+
+
+for _module in (auto_factory, peft_integration):
+    _module.find_adapter_config_file = _adapter  # type: ignore[attr-defined]

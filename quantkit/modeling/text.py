@@ -83,9 +83,11 @@ class TextEncoder:
 def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
     """transformers' tokenizer of a model, with its special tokens and chat template; padding is the end where there is none.
 
-    It adds no tokens to a text. Raises CheckpointError for a kind that quantkit cannot run.
+    A text gets the beginning-of-text token where the model wants one; a rendered chat gets what its template says. Raises
+    CheckpointError for a kind that quantkit cannot run.
     """
     import transformers
+    from tokenizers.processors import TemplateProcessing
 
     text = TextEncoder(checkpoint)
     names = {f"{name}_token": token for name, token in text._special.items()}
@@ -94,6 +96,9 @@ def transformers_tokenizer(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(f"{checkpoint.path.name} names no token that ends a text", hint="use a model with an eos token")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(text._tokenizer), **names)
     tokenizer.backend_tokenizer.post_processor = None
+    if text.bos is not None:
+        token = text._special["bos"]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=[token, "$A"], special_tokens=[(token, text.bos)])
     tokenizer.chat_template = text.chat_template
     return tokenizer
 

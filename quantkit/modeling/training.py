@@ -220,4 +220,9 @@ def save_memory(model: Any) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise TypeError(f"{type(model).__name__} does not support gradient checkpointing")
     model.enable_input_require_grads()
-    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offloaded_checkpoint)
+
+    def enable(*_: Any, **__: Any) -> None:  # also for who switches it off and on again, as TRL does
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offloaded_checkpoint)
+
+    model.gradient_checkpointing_enable = enable
+    enable()

@@ -1,4 +1,4 @@
-"""The base that an adapter is trained on: its model with packed weights, its tokenizer, and a hash of every byte."""
+"""The base that an adapter is trained on: its model with packed weights, its tokenizer, and hashes of every byte."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ VERSION = 1
 
 @dataclass
 class Base:
-    """model: transformers' class, quantized tensors packed. digest: of all weights, see ``digest_of``."""
+    """model: transformers' class, quantized tensors packed.
+
+    digest: SHA-256 of the files with the weights, to which adapters are bound; the same on every device. held: of the
+    weights in memory when they were loaded, see ``digest_of``.
+    """
 
     checkpoint: Checkpoint
     model: Any
     tokenizer: Any
     digest: str
+    held: str
 
     @property
     def name(self) -> str:
@@ -38,11 +43,20 @@ def open_base(path: str | Path, dtype: Any = None, device: str = "cpu") -> Base:
     """A GGUF or folder, quantized or not, ready to be trained on. dtype: of activations and what is not packed."""
     checkpoint = open_checkpoint(path)
     model = packed_model(checkpoint, dtype, device)
-    return Base(checkpoint, model, transformers_tokenizer(checkpoint), digest_of(model))
+    return Base(checkpoint, model, transformers_tokenizer(checkpoint), digest_of_files(checkpoint), digest_of(model))
+
+
+def digest_of_files(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the bytes of the files with a model's weights, in their order."""
+    total = hashlib.sha256()
+    for path in checkpoint.weight_files:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()
 
 
 def digest_of(model: Any) -> str:
-    """SHA-256 over the name, type, shape and bytes of every weight of the base, adapters left out.
+    """SHA-256 over the name, type, shape and bytes of every weight of the base in memory, adapters left out.
 
     Packed weights count as they lie in the file, whatever order their device has; the names are those without PEFT.
     """
@@ -61,7 +75,7 @@ def digest_of(model: Any) -> str:
 
 def require_unchanged(base: Base, model: Any) -> None:
     """Raise AdapterError if training changed the base."""
-    if digest_of(model) != base.digest:
+    if digest_of(model) != base.held:
         raise AdapterError(
             f"training changed the weights of {base.name}", hint="nothing was saved; report the model and the options"
         )

@@ -16,10 +16,15 @@ from typing import Any
 from quantkit.errors import RewardError
 from quantkit.rl.data import Row
 from quantkit.rl.rewards.base import text_of
+from quantkit.rl.rewards.checked import checked
 
 PATIENCE = 10.0  # seconds that a reward may take for all samples
 CLOSE = 0.05  # of the distance between good and bad: as good as the best
 Values = list[float | None]
+
+
+class TimeUp(BaseException):
+    """No Exception, so that no reward and no guard takes it for one of its own."""
 
 
 @dataclass
@@ -49,7 +54,7 @@ def check_rewards(rewards: list[Any], good: list[Row], bad: list[Row], patience:
         raise RewardError("there are no good samples", hint="give completions that deserve a reward, one a line")
     kinds = {"good": good, "bad": bad, **degenerate_samples(good)}
     findings, totals = [], {kind: [0.0] * len(rows) for kind, rows in kinds.items()}
-    for reward in rewards:
+    for reward in map(checked, rewards):
         finding = Finding(getattr(reward, "__name__", type(reward).__name__))
         findings.append(finding)
         values: dict[str, Values] = {}
@@ -60,7 +65,7 @@ def check_rewards(rewards: list[Any], good: list[Row], bad: list[Row], patience:
                 finding.milliseconds = (time.perf_counter() - started) * 1e3 / len(good)
                 values |= {kind: values_of(reward, rows) for kind, rows in kinds.items() if kind != "good" and rows}
                 _steady(reward, good, values["good"], finding)
-        except TimeoutError:
+        except TimeUp:
             finding.warnings.append(f"hangs: no values after {patience:g} s")
             continue
         except RewardError as error:
@@ -157,13 +162,13 @@ def _tempting(finding: Finding) -> None:
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside after so many seconds. Only the main thread can be limited."""
+    """Raise TimeUp inside after so many seconds. Only the main thread can be limited."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(*_: Any) -> None:
-        raise TimeoutError
+        raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)

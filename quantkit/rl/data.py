@@ -11,7 +11,8 @@ from typing import Any
 from quantkit.errors import RewardError
 
 Row = dict[str, Any]
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def read_rows(path: Path, fields: dict[str, str] | None = None) -> list[Row]:
@@ -21,7 +22,7 @@ def read_rows(path: Path, fields: dict[str, str] | None = None) -> list[Row]:
     """
     rows: list[Row] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other characters that end a line
     except (OSError, UnicodeDecodeError) as error:
         raise RewardError(f"{path} cannot be read ({error})", hint="give a file of JSON lines in UTF-8") from None
     for number, line in enumerate(lines, 1):
@@ -88,12 +89,25 @@ def read_template(path: Path, marked: bool) -> str:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RewardError(f"the template {path} cannot be read ({error})", hint="give a Jinja file") from None
-    if marked and not GENERATION.search(text):
-        raise RewardError(
-            f"{path} does not mark what the model says",
-            hint="put {% generation %} … {% endgeneration %} around it, or give rows with prompt and completion",
-        )
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(GENERATION.sub("", text))
+    except TemplateSyntaxError as error:
+        raise RewardError(f"{path}, line {error.lineno}: {error.message}", hint="mend the template") from None
+    if marked:
+        require_marked(text, str(path))
     return text
+
+
+def require_marked(template: str | None, source: str) -> None:
+    """Raise RewardError unless a template marks what the model says."""
+    if not template or not MARK.search(template):
+        raise RewardError(
+            f"{source} does not mark what the model says",
+            hint="put {% generation %} … {% endgeneration %} around it (--template), or give rows with prompt and completion",
+        )
 
 
 def fingerprints(rows: list[Row]) -> set[str]:

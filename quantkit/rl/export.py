@@ -15,6 +15,7 @@ from quantkit.checkpoint.files import read_json, refuse_existing
 from quantkit.checkpoint.safetensors_reader import SafetensorsFile
 from quantkit.checkpoint.source import CheckpointView
 from quantkit.errors import AdapterError
+from quantkit.formats import get_format
 from quantkit.modeling.skeleton import row_order, tensor_names
 from quantkit.planning.plan import Assignment, Plan
 from quantkit.quantizer.pipeline import run
@@ -116,6 +117,12 @@ def merge(folder: Path, base: Base, out: Path, force: bool = False) -> Plan:
     if not isinstance(source, GgufCheckpoint):
         raise AdapterError(f"{base.name} is no GGUF", hint="merge into the GGUF, or ship adapter and base")
     lora = read_lora(folder, source)
+    for name in lora.pairs:
+        if get_format(source.info(name).dtype).needs_importance:
+            raise AdapterError(
+                f"{name} is {source.info(name).dtype}, which is not written without activation statistics",
+                hint="ship adapter.gguf beside the base",
+            )
     scaled = {name: (a, b * np.float32(lora.alpha / lora.rank)) for name, (a, b) in lora.pairs.items()}
     view = AdaptedCheckpoint(DecodedView(source), Adapter(folder / WEIGHTS, source.family.arch, scaled))
     tensors = {

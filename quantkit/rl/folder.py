@@ -45,9 +45,12 @@ class RunFolder:
                     hint="resume with the same command, or give another folder",
                 )
             return folder
+        if resume:
+            raise AdapterError(f"{path} has no {RUN}: there is nothing to resume", hint="check the path, or leave out --resume")
         if path.exists() and any(path.iterdir()):
             if not force:
-                raise OutputError(f"{path} exists already", hint="--resume goes on, --force replaces it")
+                way = "--resume goes on, --force replaces it" if (path / RUN).exists() else "give another folder"
+                raise OutputError(f"{path} exists already", hint=way)
             if not (path / RUN).exists():
                 raise OutputError(f"{path} is no folder of a run", hint="give another one")
             shutil.rmtree(path)

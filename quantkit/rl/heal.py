@@ -46,18 +46,19 @@ def heal(
             f"the texts have {len(windows)} windows of {options.window} tokens",
             hint=f"give {2 * HELD} or more, or a smaller --window",
         )
+    if open_checkpoint(base).config["vocab_size"] != original.config["vocab_size"]:
+        raise AdapterError(f"{teacher} has another vocabulary than {base.name}", hint="give the model that was quantized")
     held, kept = windows[::HELD], np.delete(windows, np.s_[::HELD], axis=0)
     said = {"method": "qat", "teacher": original.identity, "data": _hash(windows)}
     job = prepare(base, out, options, said, adapter=adapter, resume=resume, force=force)
-    if job.base.checkpoint.config["vocab_size"] != original.config["vocab_size"]:
-        raise AdapterError(f"{teacher} has another vocabulary than {job.base.name}", hint="give the model that was quantized")
     from datasets import Dataset
     from transformers import TrainingArguments
 
     from quantkit.modeling.packed import packed_model
     from quantkit.rl.plugin_heal import HealTrainer, begin_with_residual, mean_divergence
-    from quantkit.rl.plugin_trl import watch
+    from quantkit.rl.plugin_saves import watch
 
+    job.begin()
     master = packed_model(original, job.base.model.dtype, options.device)
     with job.model.disable_adapter():
         plain = mean_divergence(job.model, master, held)
@@ -65,11 +66,11 @@ def heal(
         begin_with_residual(job.model, master)
     begun = mean_divergence(job.model, master, held)
     trainer = HealTrainer(
-        model=job.model, args=job.arguments(TrainingArguments, remove_unused_columns=False, label_names=["input_ids"]),
+        model=job.model, args=job.arguments(TrainingArguments, remove_unused_columns=False, dataloader_drop_last=True),
         train_dataset=Dataset.from_dict({"input_ids": kept.tolist()}).with_format("torch"), teacher=master,
     )  # fmt: skip
     watch(trainer, job.folder)
-    outcome = finish(job, trainer, resume)
+    outcome = finish(job, trainer)
     return Healed(outcome, plain, begun, mean_divergence(job.model, master, held))
 
 

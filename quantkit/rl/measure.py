@@ -11,6 +11,7 @@ from quantkit.errors import AdapterError
 from quantkit.rl.base import open_base, require_bound
 from quantkit.rl.data import Row, messages, read_template
 from quantkit.rl.passk import majority_at_k, pass_at_k
+from quantkit.rl.rewards.checked import checked
 from quantkit.rl.rewards.tags import DEFAULT, solution
 from quantkit.rl.rollouts import Sampling, TorchEngine
 
@@ -42,18 +43,21 @@ def measure(
         raise AdapterError(f"k of {list(ks)} with {n} completions of each prompt", hint="every k lies between 1 and -n")
     opened = open_base(base, None, device)
     tokenizer = opened.tokenizer
+    primed = adapter / "chat_template.jinja" if adapter is not None else None
     if template is not None:
         tokenizer.chat_template = read_template(template, False)
+    elif primed is not None and primed.exists():
+        tokenizer.chat_template = primed.read_text(encoding="utf-8")
     chat = tokenizer.chat_template is not None
     prompts = [messages(row, system) if chat else row["prompt"] for row in rows]
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) if chat else p for p in prompts]
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    ids = [tokenizer(text, add_special_tokens=not chat).input_ids for text in texts]
     sampling = Sampling(completion, temperature, [tokenizer.eos_token_id], tokenizer.pad_token_id, seed)
 
     def rates(name: str, model: Any) -> Rates:
         drawn = TorchEngine().complete(model.eval(), [row for row in ids for _ in range(n)], sampling)
         said = tokenizer.batch_decode(drawn.ids, skip_special_tokens=True)
-        return _rates(name, rows, prompts, said, rewards, n, ks, right_above, chat)
+        return _rates(name, rows, prompts, said, [checked(reward) for reward in rewards], n, ks, right_above, chat)
 
     found = [rates(opened.name, opened.model)]
     if adapter is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantkit.errors import AdapterError
 
+ENGINES = ("torch", "llama")
 LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
 
 
@@ -95,14 +96,21 @@ class GrpoOptions(TrainOptions):
     weights: tuple[float, ...] = ()
     engine: str = "torch"
 
-    def check(self, rewards: int) -> None:
-        """Raise AdapterError for values that cannot be used with so many rewards."""
+    def check(self, rewards: int, rows: int) -> None:
+        """Raise AdapterError for values that cannot be used with so many rewards and rows."""
         if self.generations < 2:
             raise AdapterError(f"groups of {self.generations} have no advantage", hint="--generations must be at least 2")
         if self.together % self.generations:
             raise AdapterError(
                 f"{self.together} completions a step are no multiple of groups of {self.generations}", hint="change one of them"
             )
+        if rows < self.together // self.generations:
+            raise AdapterError(
+                f"{rows} rows are too few for {self.together // self.generations} prompts a step",
+                hint="give more, or lower --together",
+            )
+        if self.engine not in ENGINES:
+            raise AdapterError(f"no engine {self.engine!r}", hint=f"choose one of {', '.join(ENGINES)}")
         if self.loss not in LOSSES:
             raise AdapterError(f"no loss {self.loss!r}", hint=f"choose one of {', '.join(LOSSES)}")
         if self.temperature <= 0:

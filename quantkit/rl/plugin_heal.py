@@ -9,9 +9,10 @@ import numpy.typing as npt
 import torch
 from transformers import Trainer
 
+from quantkit.modeling.modules import QuantLinear
 from quantkit.modeling.training import distillation_loss
 from quantkit.rl.plugin_peft import LoraQuantLinear
-from quantkit.rl.plugin_trl import _Saves
+from quantkit.rl.plugin_saves import Saves
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -28,18 +29,16 @@ def divergence(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
     return distillation_loss(hidden_states(model, ids), inner.get_output_embeddings(), wanted, teacher.get_output_embeddings())
 
 
-class HealTrainer(_Saves, Trainer):
+class HealTrainer(Saves, Trainer):
     """Minimizes the divergence from a teacher; every token of a step counts alike."""
 
     def __init__(self, *args: Any, teacher: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._teacher = teacher
-        self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        ids = inputs["input_ids"]
-        count = ids.numel() * self.current_gradient_accumulation_steps if model.training else ids.numel()
-        return divergence(model, self._teacher, ids) / count
+        ids = inputs["input_ids"]  # batches are equally long; Trainer takes the mean over those of a step
+        return divergence(model, self._teacher, ids) / ids.numel()
 
 
 def mean_divergence(model: Any, teacher: Any, windows: npt.NDArray[np.int64]) -> float:
@@ -61,7 +60,8 @@ def begin_with_residual(model: Any, teacher: Any) -> None:
         if not isinstance(module, LoraQuantLinear):
             continue
         base, original = module.base_layer, teacher.get_submodule(name)
-        lost = original.weight.float() - base.dequantized().to(original.weight.device)
+        weight = original.dequantized() if isinstance(original, QuantLinear) else original.weight.float()
+        lost = weight - base.dequantized().to(weight.device)
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         rank = min(len(a), *lost.shape)
         u, s, vh = torch.linalg.svd(lost, full_matrices=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quantkit.errors import AdapterError
 from quantkit.kernels import ops
-from quantkit.modeling.modules import PLAIN, QuantExperts, QuantLinear
+from quantkit.modeling.modules import QuantExperts, QuantLinear
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXPERTS = "experts"
@@ -97,6 +97,9 @@ class LoraQuantExperts(_Frozen):
     def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
         return None, None
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device, None]:
+        return base_layer.gate_proj.device, None
+
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Pairs of rank r for every expert; the second half begins as zeros, so that nothing changes."""
         if r <= 0:
@@ -149,6 +152,8 @@ def lora_config(model: Any, rank: int = 16, alpha: int | None = None, targets: t
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | QuantLinear)}
     names |= {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, QuantExperts)}
     found = [name for name in targets if name in names]
+    if EXPERTS in targets and EXPERTS not in found:
+        raise AdapterError("the model has no packed experts", hint="leave out --experts")
     if not found:
         raise AdapterError(f"the model has no maps named {', '.join(targets)}", hint=f"it has {', '.join(sorted(names))}")
     return registered(LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=found, task_type="CAUSAL_LM", **options))
@@ -168,10 +173,3 @@ def with_adapter(model: Any, folder: str, trainable: bool = False) -> PeftModel:
         raise AdapterError(
             f"{folder} does not fit the model ({error})", hint="give the folder that training wrote, and its base"
         ) from None
-
-
-def plain_experts(model: Any) -> list[str]:
-    """Names of experts of which some tensors are not packed."""
-    return [
-        name for name, module in model.named_modules() if isinstance(module, QuantExperts) and PLAIN in module.formats.values()
-    ]

@@ -8,22 +8,19 @@ the log-probabilities of what it drew, and TRL's correction of importance is app
 from __future__ import annotations
 
 import functools
-import shutil
 import types
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import Tensor
-from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from quantkit.errors import AdapterError
 from quantkit.modeling.modules import QuantLinear
 from quantkit.modeling.training import IGNORED, token_scores
-from quantkit.rl.folder import COMPLETE, LOG, SAMPLES, RunFolder
+from quantkit.rl.folder import SAMPLES, RunFolder
+from quantkit.rl.plugin_saves import Saves
 from quantkit.rl.rollouts import Engine, Sampling
 
 SAMPLED = 20  # times that samples are kept in a run
@@ -67,24 +64,7 @@ def _scores(hidden: Tensor, head: Any, labels: Tensor, temperature: float, count
     )  # fmt: skip
 
 
-class _Saves:
-    """Checkpoints that are complete or not there: a full disk costs the newest one only."""
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
-        try:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
-            (folder / COMPLETE).touch()
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            kept = sorted(path.name for path in folder.parent.glob("checkpoint-*"))
-            raise AdapterError(
-                f"{folder.name} could not be written ({error})",
-                hint=f"make room and --resume; {f'{kept[-1]} is' if kept else 'no checkpoint is'} there to go on from",
-            ) from None
-
-
-class SftTrainer(_Saves, SFTTrainer):
+class SftTrainer(Saves, SFTTrainer):
     """Supervised training; the loss of every token counts alike, however batches are accumulated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,7 +72,7 @@ class SftTrainer(_Saves, SFTTrainer):
         scored(self.model)
 
 
-class DpoTrainer(_Saves, DPOTrainer):
+class DpoTrainer(Saves, DPOTrainer):
     """Preferences in pairs; the reference is the model without the adapter, or with the one that training began with."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +80,7 @@ class DpoTrainer(_Saves, DPOTrainer):
         scored(self.model)
 
 
-class KtoTrainer(_Saves, KTOTrainer):
+class KtoTrainer(Saves, KTOTrainer):
     """Single answers marked good or bad."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -108,11 +88,15 @@ class KtoTrainer(_Saves, KTOTrainer):
         scored(self.model)
 
 
-class GrpoTrainer(_Saves, GRPOTrainer):
-    """Group-relative policy optimization whose completions come from an ``Engine``. folder: takes samples."""
+class GrpoTrainer(Saves, GRPOTrainer):
+    """Group-relative policy optimization whose completions come from an ``Engine``.
 
-    def __init__(self, *args: Any, engine: Engine, folder: RunFolder, **kwargs: Any) -> None:
+    folder: takes samples. rows: whose fields rewards get, by the data set's column ``quantkit_row``.
+    """
+
+    def __init__(self, *args: Any, engine: Engine, folder: RunFolder, rows: list[dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._rows, self._fields = rows, sorted({name for row in rows for name in row} - {"prompt", "completion"})
         scored(self.model, self.temperature)
         self.engine, self.folder = engine, folder
         self._turn = (-1, 0)  # step, and calls of the engine in it
@@ -155,7 +139,12 @@ class GrpoTrainer(_Saves, GRPOTrainer):
         )  # fmt: skip
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, ids: Any) -> Tensor:
-        found = super()._calculate_rewards(inputs, prompts, completions, ids)
+        chosen = [self._rows[row["quantkit_row"]] for row in inputs]
+        given = [
+            {"prompt": prompt, **{name: row.get(name) for name in self._fields}}
+            for prompt, row in zip(prompts, chosen, strict=True)
+        ]
+        found = super()._calculate_rewards(given, prompts, completions, ids)
         mode = "train" if self.model.training else "eval"
         total = (found * self.reward_weights.to(found.device)).nansum(1).reshape(-1, self.num_generations)
         for name, share in dead_groups(total).items():
@@ -200,19 +189,3 @@ def text_of(value: Any) -> str:
         if isinstance(value, str)
         else "\n".join(f"{m.get('role', '')}: {m.get('content') or m.get('tool_calls') or ''}" for m in value)
     )
-
-
-class _Watch(TrainerCallback):
-    """Writes the log while the training runs."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._folder = folder
-
-    def on_log(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
-        self._folder.write_lines(LOG, state.log_history)
-
-
-def watch(trainer: Any, folder: RunFolder) -> None:
-    """Let a trainer write its log into the folder, and print nothing."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Watch(folder))

@@ -54,6 +54,9 @@ class Engine(Protocol):
     def complete(self, model: Any, prompts: list[list[int]], sampling: Sampling) -> Completions:
         """One completion for each prompt (token ids). model: the trainer's, base and adapter."""
 
+    def close(self) -> None:
+        """Free what it holds."""
+
 
 class TorchEngine:
     """transformers' ``generate`` on the trainer's own model: one copy of the base, and always the newest adapter.
@@ -85,6 +88,9 @@ class TorchEngine:
             scores += found.log_probabilities
         return Completions(ids, scores)
 
+    def close(self) -> None:
+        """It holds nothing."""
+
     def _part(self, model: Any, prompts: list[list[int]], draws: list[Any], sampling: Sampling) -> Completions:
         import torch
 
@@ -105,7 +111,10 @@ class TorchEngine:
 
 
 def engine_of(name: str, base: Base, window: int) -> Engine:
-    """The engine of that name for a base. window: tokens of prompt and completion. Raises AdapterError for an unknown one."""
+    """The engine of that name for a base. window: tokens of prompt and completion.
+
+    Raises AdapterError for an unknown one, and for a base that it cannot run.
+    """
     if name == "torch":
         return TorchEngine()
     if name == "llama":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from quantkit.checkpoint import GgufCheckpoint
 from quantkit.checkpoint.adapter import write_adapter
 from quantkit.errors import AdapterError
 from quantkit.evaluation.runners import open_llama
@@ -26,6 +27,10 @@ class LlamaEngine:
     """
 
     def __init__(self, base: Base, window: int) -> None:
+        checkpoint = base.checkpoint
+        plain = all(info.dtype in checkpoint.plain_types for info in checkpoint.tensors.values())
+        if not plain and not isinstance(checkpoint, GgufCheckpoint):
+            raise AdapterError(f"llama.cpp cannot read the folder {base.name}", hint="use --engine torch")
         self._base, self._window = base, window
         self._stack, self._step = contextlib.ExitStack(), -1
         self._llama: Any = None

@@ -16,7 +16,6 @@ from typing import Any
 from quantkit.errors import RewardError
 from quantkit.rl.rewards.answers import answer_score, number_score
 from quantkit.rl.rewards.base import Reward, place_of
-from quantkit.rl.rewards.checked import checked
 from quantkit.rl.rewards.code import code_reward
 from quantkit.rl.rewards.shape import no_repetition, numeric_distance, string_distance
 from quantkit.rl.rewards.tags import DEFAULT, Tags, approximate_format, exact_format
@@ -90,16 +89,16 @@ def load_file(path: str | Path) -> RewardFile:
 
 
 def rewards_of(said: str) -> tuple[list[Reward], tuple[float, ...]]:
-    """Rewards as the command line names them, each guarded (``checked``), and their weights (none: all alike).
+    """Rewards as the command line names them, and their weights (none: all alike).
 
     A Python file, ``library:NAME,NAME…`` or ``library:gsm8k``. Raises RewardError.
     """
     if not said.startswith(LIBRARY):
         found = load_file(said)
-        return [checked(reward) for reward in found.rewards], tuple(found.weights or ())
+        return found.rewards, tuple(found.weights or ())
     names = said.removeprefix(LIBRARY).split(",")
     names = [known for name in names for known in (TAGGED if name == "gsm8k" else [name])]
-    return [checked(by_name(name)) for name in names], ()
+    return [by_name(name) for name in names], ()
 
 
 def _run(path: Path) -> ModuleType:
