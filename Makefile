@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-formats bench-kernels bench-low-bits bench-quality \
-	bench-quantize bench-super-weights bench-twins clean
+	bench-quantize bench-rl bench-super-weights bench-twins clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -56,6 +56,9 @@ bench-quality: setup-dev  ## all methods, llama-quantize and other quantizers at
 
 bench-quantize: setup-dev  ## wall time and memory against llama-quantize on a file of over 1 GB
 	$(PY) benchmarks/quantize.py
+
+bench-rl: setup-dev  ## GRPO on a 4-bit base: held-out accuracy, three seeds, a control, the full-precision twin
+	$(PY) benchmarks/rl.py $(ARGS)
 
 bench-super-weights: setup-dev  ## a planted super weight: collapse and rescue (needs ../shared)
 	$(PY) benchmarks/super_weights.py
