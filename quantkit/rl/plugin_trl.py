@@ -160,8 +160,8 @@ class GrpoTrainer(Saves, GRPOTrainer):
             for place in range(min(2 * self.num_generations, len(kept["completions"]))):
                 rewards = dict(zip(self.reward_func_names, kept["rewards"][place].tolist(), strict=True))
                 self._samples.append({
-                    "step": step, "group": place // self.num_generations, "prompt": text_of(kept["prompts"][place]),
-                    "completion": text_of(kept["completions"][place]), "rewards": {k: None if v != v else v for k, v in rewards.items()},
+                    "step": step, "group": place // self.num_generations, "prompt": transcript(kept["prompts"][place]),
+                    "completion": transcript(kept["completions"][place]), "rewards": {k: None if v != v else v for k, v in rewards.items()},
                     "advantage": float(out["advantages"][place]),
                 })  # fmt: skip
             self.folder.write_lines(SAMPLES, self._samples)
@@ -182,7 +182,7 @@ def dead_groups(rewards: Tensor) -> dict[str, float]:
     }
 
 
-def text_of(value: Any) -> str:
+def transcript(value: Any) -> str:
     """A prompt or completion as text: messages one below the other."""
     return (
         value
