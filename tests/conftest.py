@@ -28,6 +28,25 @@ def tiny_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_gguf(tiny_folder, tmp_path_factory):
+    """Writes (once) and returns the path of a tiny model's GGUF in one format, by architecture."""
+    from quantkit.checkpoint import open_checkpoint
+    from quantkit.planning.standard import uniform_plan
+    from quantkit.quantizer.pipeline import run
+
+    root = tmp_path_factory.mktemp("packed")
+
+    def get(name: str, fmt: str = "Q4_0") -> Path:
+        path = root / f"{name}-{fmt}.gguf"
+        if not path.exists():
+            checkpoint = open_checkpoint(tiny_folder(name))
+            run(checkpoint, uniform_plan(checkpoint, fmt, None), path)
+        return path
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def analyzed(tiny_folder, tmp_path_factory):
     """(model folder, work directory) of a tiny model with a finished analysis."""
     import tiny

@@ -28,30 +28,15 @@ from quantkit.quantizer.pipeline import run
 IDS = torch.arange(40, 64)[None]
 
 
-@pytest.fixture(scope="module")
-def gguf(tiny_folder, tmp_path_factory):
-    """The path of a tiny model's GGUF in one format, by architecture."""
-    folder = tmp_path_factory.mktemp("packed")
-
-    def get(name: str, fmt: str = "Q4_0"):
-        path = folder / f"{name}-{fmt}.gguf"
-        if not path.exists():
-            checkpoint = open_checkpoint(tiny_folder(name))
-            run(checkpoint, uniform_plan(checkpoint, fmt, None), path)
-        return path
-
-    return get
-
-
 def logits(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(IDS.to(model.device)).logits.float()
 
 
 @pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
-def test_a_packed_model_computes_what_the_decoded_one_does(gguf, name):
-    checkpoint = open_checkpoint(gguf(name))
-    model = quantkit.load(gguf(name))
+def test_a_packed_model_computes_what_the_decoded_one_does(tiny_gguf, name):
+    checkpoint = open_checkpoint(tiny_gguf(name))
+    model = quantkit.load(tiny_gguf(name))
     theirs = logits(materialized_model(checkpoint))
     assert torch.allclose(logits(model), theirs, atol=1e-4 * float(theirs.std()), rtol=1e-4)
     kinds = [type(module) for module in model.modules() if isinstance(module, Packed)]
@@ -65,11 +50,11 @@ def test_a_packed_model_computes_what_the_decoded_one_does(gguf, name):
 
 
 @pytest.mark.parametrize("name", ["llama-rope3", "qwen2", "qwen3_moe"])
-def test_transformers_loads_saves_and_loads_again(gguf, name, tmp_path):
+def test_transformers_loads_saves_and_loads_again(tiny_gguf, name, tmp_path):
     """The path of a GGUF, then the folder that save_pretrained wrote, without our configuration: the same bits."""
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(str(gguf(name)), quantization_config=quantkit.QuantkitConfig())
-    assert torch.equal(logits(model), logits(quantkit.load(gguf(name))))
+    model = load(str(tiny_gguf(name)), quantization_config=quantkit.QuantkitConfig())
+    assert torch.equal(logits(model), logits(quantkit.load(tiny_gguf(name))))
     out = model.generate(IDS, max_new_tokens=4, do_sample=False)
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
@@ -127,9 +112,9 @@ def test_experts_of_which_some_are_not_quantized(tiny_folder, tmp_path):
     assert not torch.allclose(logits(model), theirs, atol=1e-2)
 
 
-def test_gate_and_up_are_one_product_where_nothing_is_lost_by_it(gguf, monkeypatch):
+def test_gate_and_up_are_one_product_where_nothing_is_lost_by_it(tiny_gguf, monkeypatch):
     """Not with a gradient, a hook, or something in a map's place; the function and the names are transformers' own."""
-    model = packed_model(open_checkpoint(gguf("qwen2_moe")))
+    model = packed_model(open_checkpoint(tiny_gguf("qwen2_moe")))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantMLP)}
     assert list(layers) and all(name.endswith("shared_expert") for name in layers)
     layer, x, together = next(iter(layers.values())), torch.randn(5, 64), []
@@ -186,9 +171,9 @@ def test_a_state_dict_has_the_files_bytes_however_they_lie():
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama"])
-def test_repacked_models_compute_the_same_with_a_tied_head_too(gguf, name):
+def test_repacked_models_compute_the_same_with_a_tied_head_too(tiny_gguf, name):
     """As on a GPU, where bytes lie in planes: the same logits, the file's bytes in the state dict, also after loading it."""
-    model = quantkit.load(gguf(name))
+    model = quantkit.load(tiny_gguf(name))
     before, bytes_before = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
     packed = [module for module in model.modules() if isinstance(module, Packed)]
     for module in packed:
@@ -209,9 +194,9 @@ def test_repacked_models_compute_the_same_with_a_tied_head_too(gguf, name):
     assert torch.equal(logits(model.to(torch.float32)), before)
 
 
-def test_a_layer_compiles_whole_forward_and_backward(gguf):
+def test_a_layer_compiles_whole_forward_and_backward(tiny_gguf):
     """No graph break in a decoder layer with experts; gradients for what is trained on top, none for the bytes."""
-    check_compiled(packed_model(open_checkpoint(gguf("qwen3_moe"))))
+    check_compiled(packed_model(open_checkpoint(tiny_gguf("qwen3_moe"))))
 
 
 def check_compiled(model) -> None:
@@ -235,9 +220,9 @@ def check_compiled(model) -> None:
     assert torch.equal(torch.compile(forward, fullgraph=True, backend="aot_eager")(hidden), compiled)
 
 
-def test_low_rank_weights_are_trained_on_packed_ones(gguf):
+def test_low_rank_weights_are_trained_on_packed_ones(tiny_gguf):
     """A few steps lower the loss and change no byte of the base."""
-    model = packed_model(open_checkpoint(gguf("llama")))
+    model = packed_model(open_checkpoint(tiny_gguf("llama")))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     base = model.lm_head
     down, up = torch.nn.Parameter(torch.randn(4, base.in_features) / 8), torch.nn.Parameter(torch.zeros(base.out_features, 4))
