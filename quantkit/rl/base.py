@@ -55,6 +55,11 @@ def digest_of_files(checkpoint: Checkpoint) -> str:
     return total.hexdigest()
 
 
+def without_adapter(model: Any) -> Any:
+    """transformers' model inside PEFT's, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def digest_of(model: Any) -> str:
     """SHA-256 over the name, type, shape and bytes of every weight of the base in memory, adapters left out.
 
@@ -62,9 +67,8 @@ def digest_of(model: Any) -> str:
     """
     import torch
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     total = hashlib.sha256()
-    for name, value in sorted(inner.state_dict().items()):
+    for name, value in sorted(without_adapter(model).state_dict().items()):
         if "lora_" in name:
             continue
         plain = value.detach().cpu().contiguous()

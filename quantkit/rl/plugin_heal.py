@@ -11,22 +11,23 @@ from transformers import Trainer
 
 from quantkit.modeling.modules import QuantLinear
 from quantkit.modeling.training import distillation_loss
+from quantkit.rl.base import without_adapter
 from quantkit.rl.plugin_peft import LoraQuantLinear
 from quantkit.rl.plugin_saves import Saves
 
 
 def hidden_states(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """What goes into the head, (sequences, tokens, width)."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return without_adapter(model).base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def divergence(model: Any, teacher: Any, ids: torch.Tensor) -> torch.Tensor:
     """Σ KL(teacher ‖ model) over the tokens, nats."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.no_grad():
         wanted = hidden_states(teacher, ids)
-    return distillation_loss(hidden_states(model, ids), inner.get_output_embeddings(), wanted, teacher.get_output_embeddings())
+    return distillation_loss(
+        hidden_states(model, ids), without_adapter(model).get_output_embeddings(), wanted, teacher.get_output_embeddings()
+    )
 
 
 class HealTrainer(Saves, Trainer):

@@ -11,7 +11,6 @@ import functools
 import types
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -19,6 +18,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from quantkit.errors import AdapterError
 from quantkit.modeling.modules import QuantLinear
 from quantkit.modeling.training import IGNORED, token_scores
+from quantkit.rl.base import without_adapter
 from quantkit.rl.folder import SAMPLES, RunFolder
 from quantkit.rl.plugin_saves import Saves
 from quantkit.rl.rollouts import Engine, Sampling
@@ -31,7 +31,7 @@ def scored(model: Any, temperature: float = 1.0) -> None:
 
     Per-token results are those of TRL's own head: zero where a label is −100. Only log-probabilities have gradients.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = without_adapter(model)
     if not isinstance(inner.get_output_embeddings(), QuantLinear):
         return
     plain = types.MethodType(type(inner).forward, inner)
@@ -64,28 +64,24 @@ def _scores(hidden: Tensor, head: Any, labels: Tensor, temperature: float, count
     )  # fmt: skip
 
 
-class SftTrainer(Saves, SFTTrainer):
+class _OnPackedHead(Saves):
+    """What trainers without a temperature share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        scored(self.model)  # type: ignore[attr-defined]
+
+
+class SftTrainer(_OnPackedHead, SFTTrainer):
     """Supervised training; the loss of every token counts alike, however batches are accumulated."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        scored(self.model)
 
-
-class DpoTrainer(Saves, DPOTrainer):
+class DpoTrainer(_OnPackedHead, DPOTrainer):
     """Preferences in pairs; the reference is the model without the adapter, or with the one that training began with."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        scored(self.model)
 
-
-class KtoTrainer(Saves, KTOTrainer):
+class KtoTrainer(_OnPackedHead, KTOTrainer):
     """Single answers marked good or bad."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        scored(self.model)
 
 
 class GrpoTrainer(Saves, GRPOTrainer):
