@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-formats bench-kernels bench-low-bits bench-quality \
-	bench-quantize bench-rl bench-super-weights bench-twins clean
+	bench-quantize bench-heal bench-rl bench-rl-memory bench-super-weights bench-twins clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -44,6 +44,9 @@ bench-cost: setup-dev  ## time of a dynamic file against llama-imatrix and llama
 bench-formats: setup-dev  ## every format against ggml's C: encode, decode, compile
 	$(PY) benchmarks/formats.py
 
+bench-heal: setup-dev  ## what learned scales and an adapter give back (needs ../shared)
+	$(PY) benchmarks/heal.py $(ARGS)
+
 bench-kernels: setup-dev  ## products with packed weights, on the GPU if there is one (ARGS="--only Q4_K", ARGS=--cpu)
 	$(PY) benchmarks/packed_kernels.py $(ARGS)
 
@@ -59,6 +62,9 @@ bench-quantize: setup-dev  ## wall time and memory against llama-quantize on a f
 
 bench-rl: setup-dev  ## GRPO on a 4-bit base: held-out accuracy, three seeds, a control, the full-precision twin
 	$(PY) benchmarks/rl.py $(ARGS)
+
+bench-rl-memory: setup-dev  ## memory of a step of training, by formula and measured (needs ../shared)
+	$(PY) benchmarks/rl_memory.py
 
 bench-super-weights: setup-dev  ## a planted super weight: collapse and rescue (needs ../shared)
 	$(PY) benchmarks/super_weights.py

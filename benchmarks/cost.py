@@ -137,12 +137,33 @@ def extrapolate(size: Size, theirs: dict[str, float], pieces: dict[int, dict[str
 
 
 def main() -> None:
-    """Both programs, then every effort; writes benchmarks/results/cost.json."""
+    """The cold start, then everything warm."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=65536)
     parser.add_argument("--efforts", type=int, nargs="+", default=[1, 2], choices=(1, 2, 3))
-    parser.add_argument("--no-cold", dest="cold", action="store_false")
+    parser.add_argument("--only-cold", action="store_true", help="only the cold start, which has a results file of its own")
     given = parser.parse_args()
+    record_cold(given.efforts)
+    if not given.only_cold:
+        record_warm(given.efforts, given.tokens)
+
+
+def record_cold(efforts: list[int]) -> None:
+    """The shipped model, with nothing compiled and right after; writes benchmarks/results/cost-cold.json."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        texts = calibration_files(folder)
+        rows = [cold_start(folder, texts, effort) for effort in efforts]
+    for row in rows:
+        print(
+            f"effort {row['effort']}: {row['first_s']:.1f} s with nothing compiled, {row['second_s']:.1f} s the second time",
+            flush=True,
+        )
+    write_results("cost-cold", "python benchmarks/cost.py --only-cold", rows, model=SMALL.name, size="4MB", tokens=8192)
+
+
+def record_warm(efforts: list[int], tokens: int) -> None:
+    """Both programs, then every effort, warm; writes benchmarks/results/cost.json."""
     model, _ = make_model()
     threads = str(len(os.sched_getaffinity(0)))
     rows: list[dict[str, Any]] = []
@@ -153,24 +174,23 @@ def main() -> None:
         imatrix, stock = folder / "imatrix.gguf", folder / "stock.gguf"
         theirs = {
             "llama-imatrix": seconds_of([str(TOOLS / "llama-imatrix"), "-m", str(model), "-f", str(folder / "all.txt"), "-o", str(imatrix),
-                                         "-c", str(WINDOW), "--chunks", str(given.tokens // WINDOW)])[0],
+                                         "-c", str(WINDOW), "--chunks", str(tokens // WINDOW)])[0],
             "llama-quantize": seconds_of([str(TOOLS / "llama-quantize"), "--imatrix", str(imatrix), str(model), str(stock), MIX, threads])[0],
         }  # fmt: skip
         baseline = sum(theirs.values())
         print(f"llama-imatrix {theirs['llama-imatrix']:.1f} s + llama-quantize {theirs['llama-quantize']:.1f} s", flush=True)
         pieces: dict[int, dict[str, float]] = {}
-        for effort in given.efforts:
-            seconds, said = ours(model, folder, stock.stat().st_size, effort, given.tokens, texts)
+        for effort in efforts:
+            seconds, said = ours(model, folder, stock.stat().st_size, effort, tokens, texts)
             pieces[effort] = {**said["seconds"], "rest": seconds - sum(said["seconds"].values())}
-            row = {"effort": effort, "tokens": given.tokens, "seconds": round(seconds, 1), "llama_s": round(baseline, 1),
+            row = {"effort": effort, "tokens": tokens, "seconds": round(seconds, 1), "llama_s": round(baseline, 1),
                    "ratio": round(seconds / baseline, 2), "limit": LIMITS.get(effort),
                    "pieces": {name: round(value, 1) for name, value in pieces[effort].items()},
                    "methods": {m: said["methods"].count(m) for m in sorted(set(said["methods"]))}}  # fmt: skip
             rows.append(row)
             print(f"effort {effort}: {seconds:.1f} s, {row['ratio']} × (limit {row['limit']}); {row['pieces']}", flush=True)
-        cold = [cold_start(folder, texts, effort) for effort in given.efforts] if given.cold else []
-    larger = [extrapolate(size, theirs, pieces, given.tokens) for size in LARGER]
-    extra = {"llama": {name: round(value, 1) for name, value in theirs.items()}, "cold_start": cold, "on_paper": larger}
+    larger = [extrapolate(size, theirs, pieces, tokens) for size in LARGER]
+    extra = {"llama": {name: round(value, 1) for name, value in theirs.items()}, "on_paper": larger}
     print(json.dumps(extra, indent=1))
     print(f"written: {write_results('cost', 'make bench-cost', rows, **extra)}")
 

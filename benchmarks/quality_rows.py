@@ -15,6 +15,7 @@ from common import RESULTS, write_results
 import quantkit.evaluation.compare as comparison
 from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import QuantkitError
+from quantkit.evaluation import breakdown
 from quantkit.evaluation.runners import LlamaRunner, Runner, TorchRunner
 from quantkit.metrics import Divergence, TokenScores, summarize
 from quantkit.progress import Progress
@@ -151,8 +152,16 @@ def runtime_floor(reference: Runner, candidate: Runner, windows: np.ndarray) -> 
     """How far two runners of the same weights are apart. windows: token ids, int64 (n, window)."""
     task = Progress().task("floor", total=2 * windows.size, unit="tokens")
     try:
-        known = comparison._reference_logp(reference, windows, task)
-        return summarize(comparison._score(candidate, windows, known, task))
+        half = windows.shape[1] // 2
+        known = []
+        for ids in windows:
+            known.append(breakdown.ExactWindow.of(reference.logits(ids)[half:-1], ids[half + 1 :]))
+            task.advance(ids.size)
+        scores = []
+        for kept, ids in zip(known, windows, strict=True):
+            scores.append(breakdown.judge(kept, candidate.logits(ids)[half:-1], ids[half + 1 :]).scores)
+            task.advance(ids.size)
+        return summarize(TokenScores.join(scores))
     finally:
         task.done()
         reference.close()

@@ -20,8 +20,9 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.ggml import encoding_on
 from quantkit.encoders.stats import ActivationStats
-from quantkit.errors import CalibrationError, OutputError, PlanError, QuantkitError
+from quantkit.errors import CalibrationError, CheckpointError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.compare import Report
+from quantkit.evaluation.continued import Continued
 from quantkit.evaluation.generate import Generation
 from quantkit.kernels.devices import require_device
 from quantkit.planning.budget import Request, parse_size
@@ -270,14 +271,21 @@ def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
 def compare(
     reference: str | Path, candidates: Sequence[str | Path], text: Sequence[str | Path] = (), *, runtime: str = "torch",
     window: int = 512, limit: int | None = None, html: str | Path | None = None, work: str | Path | None = None,
-    device: str = "cpu", progress: Progress | None = None,
+    device: str = "cpu", cache: str | Path | None = None, append: str | Path | None = None,
+    texts: Sequence[Continued] = (), progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """KL divergence, perplexity and agreement of ``candidates`` against ``reference``; optionally an HTML report.
 
+    cache: file of the reference's distributions, written if it is not there, else read instead of running the reference; it may
+    also stand for the reference itself, as may a file of llama-perplexity's ``--kl-divergence-base``. append: a leaderboard that takes the rows. texts: shown in the report, see :mod:`quantkit.evaluation.continued`.
     Raises CheckpointError if a candidate has another vocabulary, CalibrationError if there is too little text.
     """
+    from quantkit.evaluation.board import Table, identify, render, require_board, rows_of
+    from quantkit.evaluation.board import append as append_rows
     from quantkit.evaluation.compare import compare as run_compare
-    from quantkit.evaluation.report import write_html
+    from quantkit.evaluation.llama_reference import is_llama_reference
+    from quantkit.evaluation.reference import is_reference
+    from quantkit.evaluation.report import Extras, Sample, plan_reasons, write_html
     from quantkit.evaluation.texts import default_texts
 
     _require_runtime(runtime, device)
@@ -285,27 +293,47 @@ def compare(
         require_folder(Path(html))
         if Path(html).suffix.lower() not in (".html", ".htm"):
             raise OutputError(f"{html} is not a name for a report", hint="end it in .html")
-    texts = [Path(t) for t in text] or default_texts()
+    judged = [Path(t) for t in text] or default_texts()
+    if (text or limit or cache) and (is_reference(Path(reference)) or is_llama_reference(Path(reference))):
+        hint = "leave out --text, --limit and --cache, or give the model itself"
+        raise CheckpointError(f"{reference} is what was kept of a model on its text; it knows no other text", hint=hint)
+    if append is not None:
+        require_board(Path(append))
     report = run_compare(
         Path(reference),
         [Path(c) for c in candidates],
-        texts,
+        judged,
         runtime=runtime,
         window=window,
         limit=limit,
         device=device,
+        cache=Path(cache) if cache else None,
         progress=progress,
     )
+    tables: list[Table] = []
+    if append is not None:
+        known = identify(Path(reference), [Path(c) for c in candidates], judged, window, limit)
+        tables = render(append_rows(Path(append), rows_of(report, known)), like=known, origin=True)
     if html is not None:
-        folder = work_directory(Path(reference), Path(work) if work else None)
-        sensitivity = None
-        for path in (folder / FOLDED / ANALYSIS, folder / ANALYSIS):
-            with contextlib.suppress(QuantkitError):  # the report only shows it beside its own numbers
-                found = Sensitivity.read(path)
-                if found.calibration.get("source") == open_checkpoint(reference).identity:
-                    sensitivity = found
-        write_html(report, Path(html), sensitivity)
+        samples = {text.prompt: {t.model: t.text for t in texts if t.prompt == text.prompt} for text in texts}
+        extras = Extras(
+            reasons=[plan_reasons(Path(str(c).split("+")[0])) for c in candidates],
+            samples=[Sample(prompt, by_model) for prompt, by_model in samples.items()],
+            board=tables,
+        )
+        write_html(report, Path(html), _analysis_beside(Path(reference), Path(work) if work else None), extras)
     return report
+
+
+def _analysis_beside(reference: Path, work: Path | None) -> Sensitivity | None:
+    """The analysis of a model that its work directory holds; a report only shows it beside its own numbers."""
+    folder, sensitivity = work_directory(reference, work), None
+    for path in (folder / FOLDED / ANALYSIS, folder / ANALYSIS):
+        with contextlib.suppress(QuantkitError):
+            found = Sensitivity.read(path)
+            if found.calibration.get("source") == open_checkpoint(reference).identity:
+                sensitivity = found
+    return sensitivity
 
 
 def _require_runtime(runtime: str, device: str, compiled: bool = False) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from click.testing import CliRunner
 
 from quantkit.checkpoint import open_checkpoint
 from quantkit.checkpoint.gguf_writer import write_gguf
+from quantkit.cli import main
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.compare import compare
 from quantkit.evaluation.report import render_html
@@ -110,9 +112,9 @@ def test_the_report_is_one_offline_file(files):
     report.candidates[0].name = "<script>alert(1)</script>"
     html = render_html(report)
     assert "<script>alert" not in html and "&lt;script&gt;" in html
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html)
     assert f"{report.candidates[0].divergence.mean_kld:.5f}" in html
-    assert html.count("data:image/png;base64,") >= 2
+    assert html.count("<svg") >= 2
     assert len(html) < 3_000_000
 
 
@@ -145,3 +147,33 @@ def test_models_too_large_to_decode_are_judged_packed(files, monkeypatch):
     assert packed.mean_kld == pytest.approx(decoded.mean_kld, rel=1e-3) and packed.tokens == decoded.tokens
     with pytest.raises(CheckpointError, match="cannot be put on cuda:7"):
         compare(tiny.MOE, [files / "Q4_K.gguf"], texts, limit=1024, device="cuda:7")
+
+
+def test_texts_side_by_side(files, tmp_path):
+    """Each model goes on after the prompt; the original with itself agrees to the end, and the report marks where others part."""
+    command = [
+        "compare",
+        str(tiny.MOE),
+        str(files / "Q8_0.gguf"),
+        str(files / "Q4_K.gguf"),
+        "--limit",
+        "1024",
+        "--prompt",
+        "Once upon a time",
+        "--append",
+        str(tmp_path / "board.json"),
+        "-o",
+    ]
+    said = CliRunner().invoke(main, [*command, str(tmp_path / "report.html"), "--json"])
+    assert said.exit_code == 0, said.output
+    texts = json.loads(said.output)["continued"]
+    assert [text["model"] for text in texts] == [tiny.MOE.name, "Q8_0.gguf", "Q4_K.gguf"]
+    assert (
+        texts[0]["same"] == texts[0]["tokens"]
+        and 0 <= texts[2]["same"] <= texts[2]["tokens"]
+        and all(t["speed"] > 0 for t in texts)
+    )
+    html = (tmp_path / "report.html").read_text()
+    assert texts[0]["text"].split()[0] in html and "leaderboard" in html.lower() and (tmp_path / "board.json").exists()
+    table = CliRunner().invoke(main, [*command, str(tmp_path / "other.html"), "--breakdown"])
+    assert table.exit_code == 0 and "tokens as the original's" in table.output and "its worst tokens" in table.output

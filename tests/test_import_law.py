@@ -21,6 +21,7 @@ ORDER = [
     "jit",
     "threads",
     "metrics",
+    "passk",
     "formats",
     "kernels",
     "encoders",

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantkit.passk import majority_at_k, pass_at_k
 from quantkit.rl import rollouts
-from quantkit.rl.passk import majority_at_k, pass_at_k
-from quantkit.rl.plugin_trl import dead_groups
+from quantkit.rl.plugin_rollouts import dead_groups
 from quantkit.rl.rollouts import Completions, Drawer, Sampling, TorchEngine, cut
 
 
@@ -27,7 +27,7 @@ def trainer(tmp_path_factory):
     from quantkit.rl.base import open_base
     from quantkit.rl.folder import RunFolder
     from quantkit.rl.plugin_peft import lora_config, with_new_adapter
-    from quantkit.rl.plugin_trl import GrpoTrainer
+    from quantkit.rl.plugin_rollouts import GrpoTrainer
 
     folder = tmp_path_factory.mktemp("objective")
     base = open_base(tiny.build("llama", folder / "model"))
@@ -38,7 +38,7 @@ def trainer(tmp_path_factory):
     return GrpoTrainer(
         model=with_new_adapter(base.model, lora_config(base.model, 2)), reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
         args=arguments, train_dataset=Dataset.from_list([{"prompt": "a", "quantkit_row": 0}]), processing_class=base.tokenizer, engine=TorchEngine(),
-        folder=RunFolder(folder), rows=[{"prompt": "a"}],
+        folder=RunFolder(folder), rows=[{"prompt": "a"}], window=512,
     )  # fmt: skip
 
 

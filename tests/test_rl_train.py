@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantkit import api
+from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import AdapterError, OutputError, RewardError
 from quantkit.modeling.modules import QuantLinear
 from quantkit.rl import base as bases
@@ -268,3 +270,17 @@ def test_preferences_move_the_margin(tiny_gguf, tmp_path, loss):
         adapter=tmp_path / "run",
     )
     assert abs(again.log[0]["rewards/margins"]) < 1e-4  # the reference is where this training began
+
+
+@pytest.mark.parametrize("plan", ["uniform:NF4_DQ", "uniform:W4A16_G32", "uniform:NVFP4", "uniform:BF16", "Q2_K"])
+def test_any_artifact_can_be_a_base(tiny_folder, tmp_path, plan):
+    """Folders of bitsandbytes (double quantization) and compressed-tensors, a file of several types, full precision: none changes."""
+    path = tmp_path / ("base" if plan.endswith(("NF4_DQ", "G32")) else "base.gguf")
+    api.quantize(tiny_folder("llama"), path, plan, use_importance=False)
+    before = bases.digest_of_files(open_checkpoint(path))
+    outcome = train.sft(path, ROWS, tmp_path / "primed", SftOptions(**{**vars(SFT), "steps": 3}))
+    losses = [row["loss"] for row in outcome.log if "loss" in row]
+    assert losses[-1] < losses[0] and bases.digest_of_files(open_checkpoint(path)) == before
+    assert json.loads((tmp_path / "primed" / bases.BINDING).read_text())["digest"] == before
+    packed = {m.formats["weight"] for m in bases.open_base(path).model.modules() if isinstance(m, QuantLinear)}
+    assert len(packed) >= {"uniform:BF16": 0, "Q2_K": 2}.get(plan, 1)

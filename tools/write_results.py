@@ -121,10 +121,7 @@ def cost_page(data: dict[str, Any]) -> list[str]:
             + " | ".join(f"{v:.0f}" for v in [*known, rest])
             + " |"
         )
-    for cold in data["cold_start"]:
-        out.append("")
-        out.append(f"Cold start: with nothing compiled yet, `--effort {cold['effort']}` on the shipped dense model takes {cold['first_s']:.0f} s, "
-                   f"right after it {cold['second_s']:.0f} s.")  # fmt: skip
+    out += cold_start()
     out += ["", "Larger models on the same two cores, on paper: every piece grown by what it depends on (products of a token, weights, tensors). Reading "
             "from disk is left out.", "", "| model | llama.cpp's two, hours | `--effort 1` | default |", "|---|---|---|---|"]  # fmt: skip
     for row in data["on_paper"]:
@@ -133,10 +130,40 @@ def cost_page(data: dict[str, Any]) -> list[str]:
     return out
 
 
+def cold_start() -> list[str]:
+    """What compiling costs a first run."""
+    path = RESULTS / "cost-cold.json"
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    found = [f"`--effort {row['effort']}` {row['first_s']:.0f} s, right after it {row['second_s']:.0f} s" for row in data["rows"]]
+    return ["", f"Cold start (`{data['command']}`, commit {data['commit']}): with nothing compiled yet, on the shipped dense model with "
+            f"{data['tokens']:,} tokens: {'; '.join(found)}."]  # fmt: skip
+
+
+def twins_page(data: dict[str, Any]) -> list[str]:
+    """Models with outlier channels, made from the shipped ones without changing what they compute."""
+    factors = data["twin"]["factors"]
+    out = ["", "## Outlier twins", "", f"`{data['command']}`, commit {data['commit']}: the same models with {data['twin']['share']:.0%} of the channels of every "
+           f"group {factors[0]} to {factors[-1]} times larger where they are written and smaller where they are read, which changes nothing in full "
+           "precision. Run by llama.cpp; quantkit's default, which finds the rescaling from weights and statistics. × is the twin's divergence against "
+           "the plain model's, both by quantkit (limit 1.5).", "",
+           "| model | text | at the bytes of | llama-quantize, plain | llama-quantize, twin | quantkit, plain | quantkit, twin | × |",
+           "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in data["rows"]:
+        if row["runtime"] == "llama":
+            kinds = ("stock plain", "stock twin", "quantkit plain", "quantkit twin, folded")
+            numbers = " | ".join(f"{row['kld'][kind]:.4f}" for kind in kinds)
+            out.append(f"| {row['model']} | {row['text']} | {row['mix']} | {numbers} | {row['ratio']:.2f} |")
+    return out
+
+
 def pages() -> dict[Path, str]:
     """Every page with its text."""
     quality = json.loads((RESULTS / "quality.json").read_text())
     page = INTRO + "\n" + "\n".join(quality_page(quality))
+    if (RESULTS / "twins.json").exists():
+        page += "\n" + "\n".join(twins_page(json.loads((RESULTS / "twins.json").read_text())))
     if (RESULTS / "cost.json").exists():
         page += "\n" + "\n".join(cost_page(json.loads((RESULTS / "cost.json").read_text())))
     readme = README.read_text()

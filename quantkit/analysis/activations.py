@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from quantkit.encoders import get_encoder
+from quantkit.errors import FormatError
 from quantkit.formats import get_format
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Per = Literal["token", "tensor"]
 TINY = 1e-30
+FP4_GROUP = 16
 
 
 def scale_of(x: torch.Tensor, top: float, per: Per) -> torch.Tensor:
@@ -36,6 +38,25 @@ def fp8(x: torch.Tensor, per: Per = "token") -> torch.Tensor:
 
     scale = scale_of(x, torch.finfo(torch.float8_e4m3fn).max, per)
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def fp4(x: torch.Tensor) -> torch.Tensor:
+    """x as it comes back from NVFP4: E2M1 in groups of 16 with an E4M3 scale, which has one F32 factor for the whole tensor.
+
+    Any shape; the last axis is the channels, a multiple of 16. The factor makes the largest scale 448, as in vLLM's and
+    TensorRT's dynamic mode. Raises FormatError if a row has no whole groups.
+    """
+    import torch
+
+    if x.shape[-1] % FP4_GROUP:
+        raise FormatError(f"rows of {x.shape[-1]} have no whole groups of {FP4_GROUP}", hint="use INT8 or FP8 activations")
+    groups = x.float().reshape(*x.shape[:-1], -1, FP4_GROUP)
+    scale = groups.abs().amax(-1, keepdim=True) / 6
+    factor = scale.max().clamp_min(TINY) / torch.finfo(torch.float8_e4m3fn).max
+    stored = ((scale / factor).to(torch.float8_e4m3fn).float() * factor).clamp_min(TINY)
+    steps = x.new_tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float32)
+    codes = torch.bucketize((groups / stored).abs(), (steps[1:] + steps[:-1]) / 2)
+    return (steps[codes] * groups.sign() * stored).reshape(x.shape).to(x.dtype)
 
 
 def blocks(x: torch.Tensor, name: str) -> torch.Tensor:

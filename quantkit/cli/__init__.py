@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
+
+from quantkit.cli.lazy import LazyGroup
 
 COMMANDS = {
     "inspect": "What is in a model: architecture, tensors, roles, shapes, bytes.",
@@ -13,6 +13,9 @@ COMMANDS = {
     "sweep": "The whole curve of divergence against bytes, with llama-quantize's mixes as points on it.",
     "quantize": "Write a quantized GGUF or safetensors folder; runs what is missing, reuses what is there.",
     "compare": "Was it worth it: KL divergence, perplexity and agreement against the original.",
+    "board": "The rows that compare --append kept, like ranked with like.",
+    "card": "A model card for the Hub, of a quantized file or folder.",
+    "eval": "Tasks of lm-eval on any number of models, side by side.",
     "generate": "Text from a model, with its weights packed: through torch or llama.cpp.",
     "tune": "What is fastest on this machine: programs of a GPU, or ways of compiling a model.",
     "rl": "Teach and heal: adapters trained on packed weights, by examples and by rewards.",
@@ -23,32 +26,6 @@ COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """Knows its commands by name and imports one only when it is used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        from importlib import import_module
-
-        return import_module(f"quantkit.cli.{cmd_name}").command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in COMMANDS:
-            import difflib
-
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            ctx.fail(f"no command {args[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return super().resolve_command(ctx, args)
-
-
 def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         from importlib.metadata import version
@@ -57,7 +34,12 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyGroup,
+    commands_of=__name__,
+    known=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version.")
 def main() -> None:
     """Quantize language models: find what hurts, spend bytes where it matters, prove the result.

@@ -7,6 +7,8 @@ beginning-of-text token where the model wants one; the second half of every wind
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,11 @@ from quantkit.analysis.texts import read_text
 from quantkit.checkpoint import Checkpoint, open_checkpoint, require_readable
 from quantkit.checkpoint.adapter import AdaptedCheckpoint, read_adapter
 from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.evaluation.breakdown import Breakdown, ExactWindow, KnownWindow, Tally, judge
+from quantkit.evaluation.llama_reference import LlamaReference, is_llama_reference
+from quantkit.evaluation.reference import Reference, ReferenceKey, ReferenceWriter, is_reference, words_of
 from quantkit.evaluation.runners import Runner, RunnerPool
-from quantkit.metrics import Divergence, TokenScores, kl_divergence, summarize
+from quantkit.metrics import Divergence, TokenScores, summarize
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
 from quantkit.progress import Progress
@@ -40,6 +45,8 @@ class Candidate:
     divergence: Divergence
     predicted_kld: float | None = None
     plan: dict[str, str] = field(default_factory=dict)
+    estimate_error: float = 0.0  # of the mean divergence, from a stored original; nats per token
+    breakdown: Breakdown | None = None
 
 
 @dataclass
@@ -66,61 +73,139 @@ def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, l
 
     Raises CalibrationError if there is not one whole window.
     """
+    return windows_of_texts(checkpoint, texts, window, limit)[0]
+
+
+def windows_of_texts(
+    checkpoint: Checkpoint, texts: list[Path], window: int, limit: int | None
+) -> tuple[npt.NDArray[np.int64], list[tuple[str, int]]]:
+    """As ``evaluation_windows``, and (name, windows) of each text."""
     encoder = TextEncoder(checkpoint)
     share = max(1, limit // window // len(texts)) if limit else None
-    rows = []
-    for path in texts:
-        rows += encoder.windows(read_text(path, encoder), window)[:share]
-    if not rows:
+    rows = [encoder.windows(read_text(path, encoder), window)[:share] for path in texts]
+    if not any(rows):
         raise CalibrationError(f"the text has fewer than {window} tokens", hint="give a longer text with --text")
-    return np.array(rows, dtype=np.int64)
+    counts = [(path.name, len(some)) for path, some in zip(texts, rows, strict=True)]
+    return np.array([ids for some in rows for ids in some], dtype=np.int64), counts
+
+
+@dataclass
+class Original:
+    """What candidates are compared with: a model that is run (checkpoint), or what was kept of one (stored)."""
+
+    name: str
+    file_bytes: int
+    architecture: str
+    windows: npt.NDArray[np.int64]
+    texts: list[tuple[str, int]]
+    words: list[str] | None
+    vocabulary: int
+    checkpoint: Checkpoint | None = None
+    stored: Reference | LlamaReference | None = None
+
+
+def open_original(path: Path, texts: list[Path], window: int, limit: int | None, candidates: list[Checkpoint]) -> Original:
+    """A model, a file of ``reference.py`` or one of llama.cpp's; the latter two bring their text with them.
+
+    candidates: their tokenizer says how llama.cpp's windows begin. Raises CheckpointError if a file is damaged.
+    """
+    if is_reference(path):
+        kept = Reference(path)
+        key = kept.key
+        return Original(
+            key.name, key.file_bytes, key.architecture, kept.windows, list(key.texts), kept.words, key.vocabulary, stored=kept
+        )
+    if is_llama_reference(path):
+        base = LlamaReference(path)
+        windows = base.windows(TextEncoder(candidates[0]).bos)
+        return Original(
+            path.name,
+            path.stat().st_size,
+            candidates[0].family.arch,
+            windows,
+            [(path.name, len(windows))],
+            None,
+            base.vocabulary,
+            stored=base,
+        )
+    model = open_checkpoint(path)
+    context = int(model.config.get("max_position_embeddings") or window)
+    windows, counts = windows_of_texts(model, texts, min(window, context), limit)
+    return Original(
+        path.resolve().name,
+        _bytes_of(model),
+        model.family.arch,
+        windows,
+        counts,
+        words_of(model),
+        int(model.config["vocab_size"]),
+        checkpoint=model,
+    )
+
+
+def keep_original(original: Original, runners: RunnerPool, path: Path, runtime: str, task: Any) -> None:
+    """Run the original unless ``path`` holds it already, and take what is known of it from there."""
+    assert original.checkpoint is not None
+    key = ReferenceKey.of(original.checkpoint, original.windows, original.texts, runtime)
+    if not path.exists():
+        half = original.windows.shape[1] // 2
+        with (
+            ReferenceWriter(path, key, original.windows, words_of(original.checkpoint)) as writer,
+            runners.use(original.checkpoint) as runner,
+        ):
+            for index in list(writer.missing):
+                writer.add(index, runner.logits(original.windows[index])[half:-1])
+                task.advance(original.windows.shape[1])
+    original.stored = Reference(path)
+    original.stored.key.require(key, path.name)
 
 
 @fast_float32()
 def compare(
     reference: Path, candidates: list[Path], texts: list[Path], *,
-    runtime: str = "torch", window: int = 512, limit: int | None = None, device: str = "cpu", progress: Progress | None = None,
+    runtime: str = "torch", window: int = 512, limit: int | None = None, device: str = "cpu",
+    cache: Path | None = None, progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """Compare candidates with the original in one pass over the reference.
 
+    reference: a model, or what was kept of one. cache: where to keep it; if it is there, the original is not run.
     device: where torch runs them; away from the CPU the weights of a quantized GGUF stay packed.
 
     Raises CheckpointError if a candidate has another vocabulary, CalibrationError if the text is too short.
     """
     progress = progress or Progress()
-    original = open_checkpoint(reference)
     opened = [open_candidate(path) for path in candidates]
+    original = open_original(reference, texts, window, limit, opened)
     for path, other in zip(candidates, opened, strict=True):
         require_readable(other)
         _check_same_vocabulary(original, other, path)
-    context = int(original.config.get("max_position_embeddings") or window)
-    windows = evaluation_windows(original, texts, min(window, context), limit)
-    window = windows.shape[1]
-    per_window = (window - window // 2 - 1) * int(original.config["vocab_size"]) * 4
-    chunk = max(1, REFERENCE_BYTES // per_window)
-    task = progress.task("compare", total=windows.size * (1 + len(opened)), unit="tokens")
-    parts: list[list[TokenScores]] = [[] for _ in opened]
-    with RunnerPool(runtime, window, [original, *opened], len(windows) > chunk, device) as runners:
-        for start in range(0, len(windows), chunk):
-            some = windows[start : start + chunk]
-            with runners.use(original) as runner:
-                known = _reference_logp(runner, some, task)
-            for i, checkpoint in enumerate(opened):
+    windows = original.windows
+    judgements = [_Judgement(Tally(windows, original.texts)) for _ in opened]
+    models = [m for m in (original.checkpoint, *opened) if m is not None]
+    task = progress.task("compare", total=windows.size * len(models), unit="tokens")
+    with RunnerPool(runtime, windows.shape[1], models, len(windows) > _chunk(original), device) as runners:
+        if cache is not None and original.checkpoint is not None:
+            keep_original(original, runners, cache, runtime, task)
+        step = len(windows) if original.stored else _chunk(original)
+        for start in range(0, len(windows), step):
+            some = range(start, min(start + step, len(windows)))
+            known = _known(original, runners, some, task)
+            for checkpoint, judgement in zip(opened, judgements, strict=True):
                 with runners.use(checkpoint) as runner:
-                    parts[i].append(_score(runner, some, known, task))
+                    judgement.add(runner, windows, known, some, task)
     task.done()
     rows = [
-        _candidate(path, checkpoint, summarize(TokenScores.join(scores)))
-        for path, checkpoint, scores in zip(candidates, opened, parts, strict=True)
+        _candidate(path, checkpoint, judgement)
+        for path, checkpoint, judgement in zip(candidates, opened, judgements, strict=True)
     ]
     return Report(
-        reference=reference.resolve().name,
-        reference_bytes=_bytes_of(original),
-        architecture=original.family.arch,
+        reference=original.name,
+        reference_bytes=original.file_bytes,
+        architecture=original.architecture,
         runtime=runtime if device == "cpu" else f"{runtime} on {device}",
-        texts=[path.name for path in texts],
+        texts=[name for name, _ in original.texts],
         tokens=rows[0].divergence.tokens if rows else 0,
-        window=window,
+        window=windows.shape[1],
         candidates=rows,
         versions=package_versions("torch", "transformers", *(("llama-cpp-python",) if runtime == "llama" else ())),
     )
@@ -134,9 +219,11 @@ def open_candidate(path: Path) -> Checkpoint:
     return AdaptedCheckpoint(open_checkpoint(file), read_adapter(Path(adapter)))
 
 
-def _check_same_vocabulary(original: Checkpoint, other: Checkpoint, path: Path) -> None:
-    ours, theirs = original.metadata(), other.metadata()
-    a, b = ours["tokenizer.ggml.tokens"].value, theirs["tokenizer.ggml.tokens"].value
+def _check_same_vocabulary(original: Original, other: Checkpoint, path: Path) -> None:
+    b = words_of(other)
+    a = original.words if original.words is not None else b
+    if isinstance(original.stored, LlamaReference):
+        original.stored.require_vocabulary(len(b), path.name)
     if len(a) != len(b):
         raise CheckpointError(f"{path.name} has {len(b)} tokens, the original {len(a)}", hint="they are not the same model")
     different = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
@@ -147,38 +234,51 @@ def _check_same_vocabulary(original: Checkpoint, other: Checkpoint, path: Path) 
         )
 
 
-def _reference_logp(runner: Runner, windows: npt.NDArray[np.int64], task: Any) -> list[Any]:
-    """Log-probabilities of the scored half of each window, torch float32 (positions, vocabulary)."""
-    half = windows.shape[1] // 2
-    out = []
-    for ids in windows:
-        out.append(runner.logits(ids)[half:-1].log_softmax(-1))
-        task.advance(len(ids))
-    return out
+def _chunk(original: Original) -> int:
+    """Windows whose whole distributions are held at a time."""
+    window = original.windows.shape[1]
+    return max(1, REFERENCE_BYTES // (4 * (window - window // 2 - 1) * original.vocabulary))
 
 
-def _score(runner: Runner, windows: npt.NDArray[np.int64], known: list[Any], task: Any) -> TokenScores:
-    import torch
-
-    half = windows.shape[1] // 2
-    parts = []
-    for ids, reference in zip(windows, known, strict=True):
-        logits = runner.logits(ids)[half:-1]
-        labels = torch.from_numpy(ids[half + 1 :])[:, None]
-        logp = logits.log_softmax(-1)
-        parts.append(
-            TokenScores(
-                kld=kl_divergence(reference, logits).numpy(),
-                logp=logp.gather(1, labels)[:, 0].numpy(),
-                reference_logp=reference.gather(1, labels)[:, 0].numpy(),
-                same_top=(logits.argmax(-1) == reference.argmax(-1)).numpy(),
-            )
-        )
-        task.advance(len(ids))
-    return TokenScores.join(parts)
+def _known(original: Original, runners: RunnerPool, some: range, task: Any) -> Callable[[int], KnownWindow]:
+    """What is known of the original in these windows, by number: read when asked for, or run now."""
+    if isinstance(original.stored, Reference):
+        return original.stored.window
+    if isinstance(original.stored, LlamaReference):
+        return original.stored.chunk
+    assert original.checkpoint is not None
+    half, found = original.windows.shape[1] // 2, {}
+    with runners.use(original.checkpoint) as runner:
+        for index in some:
+            ids = original.windows[index]
+            found[index] = ExactWindow.of(runner.logits(ids)[half:-1], ids[half + 1 :])
+            task.advance(len(ids))
+    return found.__getitem__
 
 
-def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Candidate:
+@dataclass
+class _Judgement:
+    """One candidate so far."""
+
+    tally: Tally
+    parts: list[TokenScores] = field(default_factory=list)
+    variance: float = 0.0
+
+    def add(
+        self, runner: Runner, windows: npt.NDArray[np.int64], known: Callable[[int], KnownWindow], some: range, task: Any
+    ) -> None:
+        half = windows.shape[1] // 2
+        for index in some:
+            ids, window = windows[index], known(index)
+            judged = judge(window, runner.logits(ids)[half:-1], ids[half + 1 :])
+            self.tally.add(index, window, judged)
+            self.parts.append(judged.scores)
+            self.variance += float(judged.variance.sum())
+            task.advance(len(ids))
+
+
+def _candidate(path: Path, checkpoint: Checkpoint, judgement: _Judgement) -> Candidate:
+    scores = TokenScores.join(judgement.parts)
     data = sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
     name, predicted = path.resolve().name, None
     if isinstance(checkpoint, AdaptedCheckpoint):
@@ -189,7 +289,9 @@ def _candidate(path: Path, checkpoint: Checkpoint, divergence: Divergence) -> Ca
         name=name,
         file_bytes=_bytes_of(checkpoint),
         bpw=8 * data / checkpoint.n_weights,
-        divergence=divergence,
+        divergence=summarize(scores),
+        estimate_error=math.sqrt(judgement.variance) / len(scores.kld),
+        breakdown=judgement.tally.result(TextEncoder(checkpoint).decode),
         predicted_kld=predicted,
         plan={t.name: t.dtype for t in checkpoint.tensors.values() if t.quantizable},
     )

@@ -3,132 +3,123 @@
 from __future__ import annotations
 
 import base64
-import io
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from quantkit.analysis.plot import analysis_figure
+from quantkit.analysis.coverage import COLUMNS, coverage_rows
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint.files import write_text
-from quantkit.checkpoint.roles import layer_of, role_of
-from quantkit.evaluation.compare import Candidate, Report
-from quantkit.formats import get_format
-from quantkit.formats.tensors import tensor_formats
+from quantkit.evaluation import report_charts as charts
+from quantkit.evaluation import report_sections as sections
+from quantkit.evaluation import report_tasks as tasks
+from quantkit.evaluation.compare import Report
+from quantkit.evaluation.report_plan import cost_map, plan_maps, plan_reasons
+from quantkit.evaluation.report_sections import Sample
 
-TEMPLATE = Path(__file__).parent / "data" / "report.html.jinja"
+if TYPE_CHECKING:
+    from quantkit.evaluation.board import Table
+    from quantkit.evaluation.lm_eval_results import EvalReport
+    from quantkit.planning.sweep import Sweep
+
+DATA = Path(__file__).parent / "data"
 
 
-def write_html(report: Report, path: Path, sensitivity: Sensitivity | None = None) -> None:
-    """Write the report with plan heat maps, predicted against measured KLD and, if known, the error curves.
+@dataclass(frozen=True)
+class Extras:
+    """What a report may show beside its own numbers.
+
+    reasons: of each candidate, in the report's order, why its tensors have their formats (``plan_reasons``). sweep: drawn
+    behind the candidates. results: answers to tasks. samples: texts side by side. board: tables of a leaderboard
+    (``board.render``). hardware, command: in words.
+    """
+
+    reasons: Sequence[Mapping[str, str]] = ()
+    sweep: Sweep | None = None
+    results: EvalReport | None = None
+    samples: Sequence[Sample] = ()
+    board: Sequence[Table] = ()
+    hardware: str = ""
+    command: str = ""
+
+
+def write_html(report: Report, path: Path, sensitivity: Sensitivity | None = None, extras: Extras | None = None) -> None:
+    """Write the report: everything that is known of the candidates, and of the analysis if it is given.
 
     Raises OutputError if the file cannot be written.
     """
-    write_text(path, render_html(report, sensitivity))
+    write_text(path, render_html(report, sensitivity, extras))
 
 
-def render_html(report: Report, sensitivity: Sensitivity | None = None) -> str:
-    """The document as text; everything it shows is inside it."""
-    from jinja2 import Environment, select_autoescape
+def render_html(report: Report, sensitivity: Sensitivity | None = None, extras: Extras | None = None) -> str:
+    """The document as text; everything it shows is inside it, and its content policy lets it load nothing."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
-        autoescape=select_autoescape(default=True, default_for_string=True), trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(DATA), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    pictures = [("KL divergence against size", embed(size_figure(report)))]
-    pictures += [(f"plan of {c.name}", embed(plan_figure(c))) for c in report.candidates if c.plan]
-    predicted = [c for c in report.candidates if c.predicted_kld]
-    if predicted:
-        pictures.append(("predicted against measured", embed(predicted_figure(predicted))))
-    if sensitivity is not None:
-        pictures.append(("what hurts", embed(analysis_figure(sensitivity))))
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, pictures=pictures, sensitivity=sensitivity)
+    environment.filters |= {"visible": sections.visible, "printable": sections.printable}
+    script = (DATA / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        _context(report, extras or Extras()),
+        **_analysis(sensitivity),
+        style=Markup((DATA / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        document=Markup(embedded(report.to_json())),
+    )
 
 
-def embed(figure: Any) -> str:
-    """A matplotlib figure as a data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def embedded(document: str) -> str:
+    """A JSON document such that no HTML parser finds a tag in it; it still says the same."""
+    compact = json.dumps(json.loads(document), separators=(",", ":"))
+    return compact.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def size_figure(report: Report) -> Any:
-    """Mean KLD (log) over file size."""
-    figure, axes = _figure(8, 4)
-    for i, c in enumerate(report.candidates):
-        axes.errorbar(
-            c.file_bytes / 1e6,
-            max(c.divergence.mean_kld, 1e-9),
-            yerr=c.divergence.mean_kld_error,
-            fmt="os^vD*P"[i % 7],
-            label=c.name,
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel("file size, MB")
-    axes.set_ylabel("mean KLD, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    return figure
+def _context(report: Report, extras: Extras) -> dict[str, Any]:
+    names = charts.short_names([c.name for c in report.candidates])
+    known = [(c, name) for c, name in zip(report.candidates, names, strict=True) if c.breakdown is not None]
+    worst = max((c.estimate_error / c.divergence.mean_kld for c in report.candidates if c.estimate_error), default=0.0)
+    return {
+        "report": report,
+        "lead": sections.lead(report),
+        "columns": sections.HEADLINE,
+        "rows": [(c.name, sections.headline(c)) for c in report.candidates],
+        "estimate": worst,
+        "size": charts.size_figure(report, extras.sweep) if report.candidates else None,
+        "predicted": charts.predicted_figure(report),
+        "breakdown": sections.breakdown_tables(report),
+        "broken": [name for _, name in known],
+        "worst": [(c.name, sections.worst_tokens(c)) for c, _ in known if sections.worst_tokens(c)],
+        "plans": plan_maps(report.candidates, extras.reasons),
+        "tasks": tasks.task_rows(extras.results) if extras.results else [],
+        "members": tasks.task_rows(extras.results, members=True) if extras.results else [],
+        "accuracy": tasks.accuracy_figure(extras.results) if extras.results else None,
+        "results": extras.results,
+        "samples": sections.side_by_side(extras.samples),
+        "board": extras.board,
+        "hardware": extras.hardware,
+        "command": extras.command,
+    }
 
 
-def plan_figure(candidate: Candidate) -> Any:
-    """Layer × role → format, coloured by bits per weight."""
-    roles: list[str] = []
-    layers = 1
-    for name in candidate.plan:
-        role = role_of(name).value
-        layers = max(layers, (layer_of(name) or 0) + 1)
-        if role not in roles:
-            roles.append(role)
-    bits = np.full((len(roles), layers), np.nan)
-    labels: dict[tuple[int, int], str] = {}
-    for name, fmt in candidate.plan.items():
-        row, layer = roles.index(role_of(name).value), layer_of(name)
-        if layer is None:
-            bits[row, :] = _bpw(fmt)
-            labels[row, layers // 2] = fmt
-        else:
-            bits[row, layer] = _bpw(fmt)
-            labels[row, layer] = fmt
-    figure, axes = _figure(max(6.0, 0.75 * layers + 3), 0.42 * len(roles) + 1.2)
-    image = axes.imshow(bits, aspect="auto", cmap="cividis", vmin=2, vmax=8.5)
-    for (row, layer), fmt in labels.items():
-        axes.text(layer, row, fmt, ha="center", va="center", fontsize=7, color="white" if bits[row, layer] < 5.5 else "black")
-    axes.set_yticks(range(len(roles)), roles)
-    axes.set_xticks(range(layers))
-    axes.set_xlabel("layer")
-    figure.colorbar(image, ax=axes, label="bits per weight")
-    return figure
+def _analysis(sensitivity: Sensitivity | None) -> dict[str, Any]:
+    if sensitivity is None:
+        return {"sensitivity": None, "errors": [], "cost": None, "coverage": None}
+    return {
+        "sensitivity": sensitivity,
+        "errors": charts.error_figures(sensitivity),
+        "cost": cost_map(sensitivity) if sensitivity.tensors else None,
+        "coverage": {
+            "picture": charts.coverage_picture(sensitivity), "legend": charts.coverage_legend(), "columns": COLUMNS,
+            "rows": coverage_rows(sensitivity.coverage),
+        } if sensitivity.coverage else None,
+    }  # fmt: skip
 
 
-def _bpw(name: str) -> float:
-    """Bits per weight of a format, of a usual matrix if it is one of several tensors."""
-    names = {fmt.name: fmt for fmt in tensor_formats()}
-    return names[name].bpw((4096, 4096)) if name in names else get_format(name).bpw()
-
-
-def predicted_figure(candidates: list[Candidate]) -> Any:
-    """Measured over predicted KLD with the diagonal."""
-    figure, axes = _figure(5, 4)
-    x = [c.predicted_kld or 0 for c in candidates]
-    y = [c.divergence.mean_kld for c in candidates]
-    span = [0.5 * min(x + y), 2 * max(x + y)]
-    axes.plot(span, span, color="grey", linewidth=1)
-    axes.scatter(x, y)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("predicted KLD, nats per token")
-    axes.set_ylabel("measured KLD, nats per token")
-    axes.grid(alpha=0.3)
-    return figure
+__all__ = ["Extras", "Sample", "plan_reasons", "render_html", "write_html"]

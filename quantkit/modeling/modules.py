@@ -172,12 +172,13 @@ class QuantExperts(Packed):
     """Routed experts, with the inputs and output of transformers' own: down(act(gate · x) ∘ (up · x)) for the experts chosen.
 
     gate_proj, up_proj: (experts, width, bytes); down_proj: (experts, hidden, bytes); each uint8 in a format of its own,
-    or floating point (PLAIN).
+    or floating point (PLAIN). change: what every product's input goes through first, for example rounding; None: nothing.
     """
 
     gate_proj: Tensor
     up_proj: Tensor
     down_proj: Tensor
+    change: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, tensors: dict[str, Tensor], formats: dict[str, str], activation: str = "silu") -> None:
         super().__init__(formats)
@@ -211,10 +212,20 @@ class QuantExperts(Packed):
         out = out[back].reshape(*top_k_index.shape, -1)
         return (out * top_k_weights[..., None].to(out.dtype)).sum(1)
 
+    def fused(self) -> bool:
+        """Whether gate and up are one product, with SiLU."""
+        packed = PLAIN not in (self.formats["gate_proj"], self.formats["up_proj"])
+        return packed and self.change is None and self.activation in ("silu", "swish")
+
+    def product(self, x: Tensor, name: str, ends: Tensor) -> Tensor:
+        """x · Wᵀ of a part, tokens sorted by expert."""
+        weight = getattr(self, name)
+        packed = self.formats[name] != PLAIN
+        return ops.grouped(x, weight, self.packing(name), ends) if packed else ops.grouped_plain(x, weight, ends)
+
     def _inside(self, x: Tensor, ends: Tensor, addition: Any) -> Tensor:
         """What goes into the last product."""
-        packed = PLAIN not in (self.formats["gate_proj"], self.formats["up_proj"])
-        if addition is None and packed and self.activation in ("silu", "swish"):
+        if addition is None and self.fused():
             return ops.swiglu(x, self.gate_proj, self.up_proj, self.packing("gate_proj"), self.packing("up_proj"), ends)
         from transformers.activations import ACT2FN
 
@@ -223,9 +234,8 @@ class QuantExperts(Packed):
         )
 
     def _product(self, x: Tensor, name: str, ends: Tensor, addition: Any) -> Tensor:
-        weight = getattr(self, name)
-        packed = self.formats[name] != PLAIN
-        out = ops.grouped(x, weight, self.packing(name), ends) if packed else ops.grouped_plain(x, weight, ends)
+        x = x if self.change is None else self.change(x)
+        out = self.product(x, name, ends)
         return out if addition is None else out + addition(name, x, ends)
 
     def extra_repr(self) -> str:

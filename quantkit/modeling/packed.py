@@ -62,9 +62,9 @@ def formats_of(checkpoint: Checkpoint, model: Any) -> dict[str, str]:
     out: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            parts = {f"{name}.weight": _tensor_of(checkpoint, f"{name}.weight")}
+            parts = {f"{name}.weight": tensor_of(checkpoint, f"{name}.weight")}
         elif is_experts(module):
-            parts = {f"{name}.{part}": _tensor_of(checkpoint, f"{name}.{part}") for part in EXPERTS}
+            parts = {f"{name}.{part}": tensor_of(checkpoint, f"{name}.{part}") for part in EXPERTS}
         else:
             continue
         found = {key: _format(checkpoint, tensor) for key, tensor in parts.items()}
@@ -85,7 +85,7 @@ def is_experts(module: Any) -> bool:
     return not transposed and both.shape[1] == 2 * down.shape[2] and both.shape[2] == down.shape[1]
 
 
-def _tensor_of(checkpoint: Checkpoint, parameter: str) -> str:
+def tensor_of(checkpoint: Checkpoint, parameter: str) -> str:
     """The GGUF tensor of a packed parameter."""
     if parameter == "lm_head.weight" and checkpoint.tied:
         return "token_embd.weight"
@@ -187,7 +187,7 @@ def pack_folder(checkpoint: Checkpoint, model: Any) -> set[str]:
     done: set[str] = set()
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            found = _blocks_of(checkpoint, _tensor_of(checkpoint, f"{name}.weight"))
+            found = _blocks_of(checkpoint, tensor_of(checkpoint, f"{name}.weight"))
             if found is None:
                 continue
             made: Any = (
@@ -196,7 +196,7 @@ def pack_folder(checkpoint: Checkpoint, model: Any) -> set[str]:
                 else QuantEmbedding(found[1][0], found[0], module.weight.dtype, module.padding_idx)
             )
         elif is_experts(module):
-            parts = {part: _blocks_of(checkpoint, _tensor_of(checkpoint, f"{name}.{part}")) for part in EXPERTS}
+            parts = {part: _blocks_of(checkpoint, tensor_of(checkpoint, f"{name}.{part}")) for part in EXPERTS}
             if not any(parts.values()):
                 continue
             formats = {part: found[0] if found else PLAIN for part, found in parts.items()}
@@ -240,9 +240,9 @@ def fill(checkpoint: Checkpoint, model: Any, dtype: torch.dtype, done: Collectio
         if name in done or (name == "lm_head.weight" and checkpoint.tied):
             continue
         if packed.get(name, PLAIN) != PLAIN:
-            value = packed_tensor(checkpoint, _tensor_of(checkpoint, name))
+            value = packed_tensor(checkpoint, tensor_of(checkpoint, name))
         elif name in packed:  # experts of which others are packed
-            value = torch.from_numpy(checkpoint.read(_tensor_of(checkpoint, name))).to(dtype)
+            value = torch.from_numpy(checkpoint.read(tensor_of(checkpoint, name))).to(dtype)
         else:
             value = parameter_value(checkpoint, name, checkpoint.read).to(dtype)
         set_parameter(model, name, value.to(old.device if old.device.type != "meta" else "cpu"))

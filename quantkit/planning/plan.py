@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,11 @@ class Plan:
         if not isinstance(self.use_importance, bool) or not isinstance(self.predicted_kld, float | int | None):
             raise TypeError("use_importance is true or false, predicted_kld a number or null")
 
-    def check_importance(self, stats: ActivationStats | None) -> None:
-        """Raise PlanError if a tensor's format or method needs statistics that are missing."""
+    def check_importance(self, stats: ActivationStats | None, given: Collection[str] = ()) -> None:
+        """Raise PlanError if a tensor's format or method needs statistics that are missing. given: tensors not to be encoded."""
         for name, entry in self.tensors.items():
+            if name in given:
+                continue
             if get_encoder(entry.method).needs_moments and (stats is None or stats.moments is None):
                 raise PlanError(
                     f"the plan encodes {name} with {entry.method}, and the inputs' second moments are not there",

@@ -139,7 +139,7 @@ def run(
     used = stats if plan.use_importance else None
     if used is not None and plan.uncovered_as_ones:
         used = used.routed()  # bytes as llama-quantize makes them from imatrix.gguf
-    plan.check_importance(used)
+    plan.check_importance(used, given or ())
     job = Job(checkpoint, plan, used, TensorCache(cache) if cache else None, threads or default_threads(), given or {})
     parts = split_parts(job, stats, split_bytes)
     paths = part_names(out, len(parts))

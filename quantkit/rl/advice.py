@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Log = list[dict[str, Any]]
@@ -49,3 +50,9 @@ def advice_for_grpo(log: Log) -> list[str]:
             "The engine torch has no mismatch."
         )
     return out
+
+
+def advice_of_audits(rewards: Sequence[Any]) -> list[str]:
+    """What audits of rewards (``rewards.audited``) found, none if all agree."""
+    found = [getattr(getattr(reward, "audit", None), "raised", None) for reward in rewards]
+    return [f"Batch {step}: {alarm}." for step, alarm in filter(None, found)]

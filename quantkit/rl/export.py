@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from quantkit.checkpoint.adapter import AdaptedCheckpoint, Adapter, Pair, write_adapter
@@ -113,9 +115,7 @@ def merge(folder: Path, base: Base, out: Path, force: bool = False) -> Plan:
     Raises AdapterError if the base is no GGUF or another one, OutputError.
     """
     require_bound(folder, base)
-    source = base.checkpoint
-    if not isinstance(source, GgufCheckpoint):
-        raise AdapterError(f"{base.name} is no GGUF", hint="merge into the GGUF, or ship adapter and base")
+    source = require_gguf(base)
     lora = read_lora(folder, source)
     for name in lora.pairs:
         if get_format(source.info(name).dtype).needs_importance:
@@ -125,16 +125,40 @@ def merge(folder: Path, base: Base, out: Path, force: bool = False) -> Plan:
             )
     scaled = {name: (a, b * np.float32(lora.alpha / lora.rank)) for name, (a, b) in lora.pairs.items()}
     view = AdaptedCheckpoint(DecodedView(source), Adapter(folder / WEIGHTS, source.family.arch, scaled))
+    return _write_changed(source, view, out, scaled, {}, f"merge of {folder.resolve().name}", "base plus adapter", force)
+
+
+def write_healed(base: Base, bytes_of: Mapping[str, npt.NDArray[np.uint8]], out: Path, what: str) -> Plan:
+    """Write the base with other bytes for some tensors, each uint8 (rows, bytes of a row) of its own type.
+
+    Raises AdapterError if the base is no GGUF, OutputError.
+    """
+    source = require_gguf(base)
+    return _write_changed(source, DecodedView(source), out, bytes_of, bytes_of, what, "learned again", force=True)
+
+
+def require_gguf(base: Base) -> GgufCheckpoint:
+    """The base's file. Raises AdapterError if it is a folder."""
+    if not isinstance(base.checkpoint, GgufCheckpoint):
+        raise AdapterError(f"{base.name} is no GGUF", hint="take the GGUF, or train an adapter and ship it beside the base")
+    return base.checkpoint
+
+
+def _write_changed(
+    source: GgufCheckpoint, view: Checkpoint, out: Path, changed: Collection[str], bytes_of: Mapping[str, npt.NDArray[np.uint8]],
+    what: str, reason: str, force: bool,
+) -> Plan:  # fmt: skip
+    """Write ``view`` in the types of ``source``. changed: tensors that are not its bytes; bytes_of: those that are not encoded anew."""
     tensors = {
-        info.name: Assignment(info.dtype, "ggml", "base plus adapter" if info.name in scaled else "as in the base")
-        for info in source.tensors.values()
+        name: Assignment(info.dtype, "ggml", reason if name in changed else "as in the base")
+        for name, info in source.tensors.items()
     }
     given = {
         name: source.read_packed(name, 0, info.rows)
-        for name, info in source.tensors.items() if name not in scaled and info.dtype not in source.plain_types
+        for name, info in source.tensors.items() if name not in changed and info.dtype not in source.plain_types
     }  # fmt: skip
-    plan = Plan(f"merge of {folder.resolve().name}", "", view.identity, tensors, use_importance=False)
-    run(view, plan, out, force=force, given=given)
+    plan = Plan(what, "", view.identity, tensors, use_importance=False)
+    run(view, plan, out, force=force, given={**given, **bytes_of})
     return plan
 
 

@@ -2,6 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors    PEFT's, and quantkit_base.json that binds them to the base
 tokenizer.json, chat_template.jinja               what the adapter was trained with
+healed.gguf                                       the healed model, where its scales learned
 run.json                                          options, data, versions, seconds
 log.jsonl                                         one line for every step that was logged
 samples.jsonl                                     completions with their rewards and advantages

@@ -7,8 +7,9 @@ from typing import Any
 
 from quantkit.errors import AdapterError
 
-ENGINES = ("torch", "llama")
-LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo")
+ENGINES = ("torch", "llama", "vllm")
+LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "rloo")
+CACHES = ("dynamic", "static")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,9 @@ class GrpoOptions(TrainOptions):
     """generations: completions of a prompt, a group; together / generations prompts make a step.
 
     beta: weight of the divergence from the model that training began with (0: none). epsilon, epsilon_high: how far
-    the ratio of probabilities may fall or rise before its gradient stops. loss: how tokens are averaged (see docs/rl.md).
+    the ratio of probabilities may fall or rise before its gradient stops. loss: how tokens are averaged (see docs/rl.md), or
+    ``rloo``. turns: times that a completion may call tools. cache: of the engine ``torch``; ``static`` has one size throughout.
+    server: address of vLLM's, for the engine ``vllm``; server_folder: where adapters are written for it.
     mask_truncated: completions that did not end count for nothing. correction: at most this ratio of the trainer's to the
     engine's probability weighs a token.
     """
@@ -95,9 +98,19 @@ class GrpoOptions(TrainOptions):
     correction: float = 3.0
     weights: tuple[float, ...] = ()
     engine: str = "torch"
+    cache: str = "dynamic"
+    turns: int = 5
+    server: str | None = None
+    server_folder: str | None = None
 
-    def check(self, rewards: int, rows: int) -> None:
-        """Raise AdapterError for values that cannot be used with so many rewards and rows."""
+    def as_json(self) -> dict[str, Any]:
+        """As plain data. Where the server is makes no other run: it may go on with another."""
+        return {name: value for name, value in super().as_json().items() if name not in ("server", "server_folder")}
+
+    def check(self, rewards: int, rows: int, tools: int = 0) -> None:
+        """Raise AdapterError for values that cannot be used with so many rewards, rows and tools."""
+        if self.loss == "rloo" and (self.engine != "torch" or tools):
+            raise AdapterError("rloo corrects for no engine and calls no tools", hint="use --engine torch without --tools")
         if self.generations < 2:
             raise AdapterError(f"groups of {self.generations} have no advantage", hint="--generations must be at least 2")
         if self.together % self.generations:
@@ -111,6 +124,14 @@ class GrpoOptions(TrainOptions):
             )
         if self.engine not in ENGINES:
             raise AdapterError(f"no engine {self.engine!r}", hint=f"choose one of {', '.join(ENGINES)}")
+        if self.cache not in CACHES or (self.cache != "dynamic" and self.engine != "torch"):
+            raise AdapterError(f"a {self.cache} cache of the engine {self.engine}", hint="--cache static is for --engine torch")
+        if self.server_folder and self.engine != "vllm":
+            raise AdapterError("--server-folder is for --engine vllm", hint="leave it out")
+        if (self.engine == "vllm") != bool(self.server):
+            raise AdapterError(
+                "--engine vllm and --server belong together", hint="for example --engine vllm --server http://localhost:8000"
+            )
         if self.loss not in LOSSES:
             raise AdapterError(f"no loss {self.loss!r}", hint=f"choose one of {', '.join(LOSSES)}")
         if self.temperature <= 0:
@@ -131,8 +152,15 @@ class DpoOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class HealOptions(TrainOptions):
-    """window: tokens of a sequence. residual: begin with the largest part of what quantizing took, and not with nothing."""
+    """What learns: ``adapter``, or ``scales`` (of blocks, with minimums, norms and biases), which the file itself then has.
 
-    learning_rate: float = 1e-4
+    window: tokens of a sequence. residual: an adapter begins with the largest part of what quantizing took, and not with
+    nothing. activations: INT8, FP8 or FP4, to which inputs of all maps are rounded while training and measuring.
+    learning_rate: 0 stands for 1e-4 of an adapter, 5e-3 of scales.
+    """
+
+    learning_rate: float = 0.0
     window: int = 256
     residual: bool = True
+    learn: str = "adapter"
+    activations: str | None = None

@@ -73,8 +73,7 @@ class LoraQuantLinear(_Frozen):
         lows, ups = [], []
         for name in used:
             a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            given = self.lora_dropout[name](x.to(a.dtype))
-            lows.append((given @ a.T * self.scaling[name]).to(x.dtype))
+            lows.append(self.lora_dropout[name](x) @ a.to(x.dtype).T * self.scaling[name])  # no float32 copy of x is kept
             ups.append(b.to(x.dtype))
         low, up = (lows[0], ups[0]) if len(used) == 1 else (torch.cat(lows, -1), torch.cat(ups, -1))
         out = ops.linear(x, base.weight, base.packing("weight"), low, up)
@@ -133,8 +132,8 @@ class LoraQuantExperts(_Frozen):
         out: Any = 0
         for name in self._used():
             a, b = (self._half(half, part)[name].weight for half in "AB")
-            low = ops.grouped_plain(x.to(a.dtype), a, ends) * self.scaling[name]
-            out = out + ops.grouped_plain(low, b, ends).to(x.dtype)
+            low = ops.grouped_plain(x, a.to(x.dtype), ends) * self.scaling[name]
+            out = out + ops.grouped_plain(low, b.to(x.dtype), ends)
         return out
 
 
@@ -168,6 +167,10 @@ def with_adapter(model: Any, folder: str, trainable: bool = False) -> PeftModel:
     """The model with the adapter of a PEFT folder. Raises AdapterError if it is none, or for other layers."""
     try:
         config = LoraConfig.from_pretrained(folder)
+        if config.task_type == "SEQ_CLS" and not hasattr(model, "score"):
+            raise AdapterError(
+                f"{folder} is a reward model, which writes nothing", hint="give an adapter of sft, grpo, dpo or qat"
+            )
         return PeftModel.from_pretrained(model.requires_grad_(False), folder, is_trainable=trainable, config=registered(config))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise AdapterError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from quantkit.errors import AdapterError
-from quantkit.rl.folder import COMPLETE, LOG, RunFolder
+from quantkit.rl.folder import COMPLETE, LOG, SAMPLES, RunFolder
+from quantkit.rl.live import Live
 
 
 class Saves:
@@ -33,16 +36,33 @@ class Saves:
 
 
 class _Watch(TrainerCallback):
-    """Writes the log while the training runs."""
+    """Writes the log while the training runs, and shows it in a terminal."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
+        self._live: Live | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
+        self._live = Live(state.max_steps, begun=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, **ignored: Any) -> None:
         self._folder.write_lines(LOG, state.log_history)
+        if self._live is not None:
+            self._live.show(state.log_history, next(iter(self._folder.lines(SAMPLES)[-1:]), None))
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self._live is not None:
+            self._live.close()
 
 
-def watch(trainer: Any, folder: RunFolder) -> None:
-    """Let a trainer write its log into the folder, and print nothing."""
+@contextlib.contextmanager
+def watched(trainer: Any, folder: RunFolder) -> Iterator[None]:
+    """While training: the trainer's log goes into the folder and, as curves, into the terminal; nothing else is printed."""
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Watch(folder))
+    callback = _Watch(folder)
+    trainer.add_callback(callback)
+    try:
+        yield
+    finally:
+        callback.close()

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quantkit.errors import AdapterError
 
 if TYPE_CHECKING:
     from quantkit.rl.base import Base
+    from quantkit.rl.options import GrpoOptions
+
+
+BATCH = 64  # completions that transformers draws together
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class TorchEngine:
     cache: of transformers, for example ``static``.
     """
 
-    def __init__(self, batch: int = 64, cache: str | None = None) -> None:
+    def __init__(self, batch: int = BATCH, cache: str | None = None) -> None:
         self._batch, self._cache = batch, cache
 
     def complete(self, model: Any, prompts: list[list[int]], sampling: Sampling) -> Completions:
@@ -110,18 +115,20 @@ class TorchEngine:
         return drawer.completions(out[:, width:].tolist())
 
 
-def engine_of(name: str, base: Base, window: int) -> Engine:
-    """The engine of that name for a base. window: tokens of prompt and completion.
-
-    Raises AdapterError for an unknown one, and for a base that it cannot run.
-    """
-    if name == "torch":
-        return TorchEngine()
-    if name == "llama":
+def engine_of(options: GrpoOptions, base: Base) -> Engine:
+    """The engine that the options name. Raises AdapterError for an unknown one, and for a base that it cannot run."""
+    if options.engine == "torch":
+        return TorchEngine(cache=None if options.cache == "dynamic" else options.cache)
+    if options.engine == "llama":
         from quantkit.rl.rollouts_llama import LlamaEngine
 
-        return LlamaEngine(base, window)
-    raise AdapterError(f"no engine {name!r}", hint="choose torch or llama")
+        return LlamaEngine(base, options.max_length)
+    if options.engine == "vllm":
+        from quantkit.rl.rollouts_vllm import VllmEngine
+
+        folder = Path(options.server_folder) if options.server_folder else None
+        return VllmEngine(base, options.server or "", options.max_length, temperature=options.temperature, folder=folder)
+    raise AdapterError(f"no engine {options.engine!r}", hint="choose torch, llama or vllm")
 
 
 class Drawer:

@@ -1,9 +1,12 @@
 """Rewards for GRPO: callables ``reward(prompts, completions, **columns)`` that score completions, as TRL takes them."""
 
 from quantkit.rl.rewards.answers import answer_score, first_number, gsm8k_answer, number_score, parse_number
+from quantkit.rl.rewards.audit import Audit, audited
 from quantkit.rl.rewards.base import Reward, compared, named, scored, text_of
 from quantkit.rl.rewards.checked import checked
 from quantkit.rl.rewards.code import code_reward
+from quantkit.rl.rewards.judge import Judge, judge
+from quantkit.rl.rewards.learned import learned
 from quantkit.rl.rewards.loading import RewardFile, by_name, load_file, load_rewards
 from quantkit.rl.rewards.shape import checklist, language, length, no_repetition, numeric_distance, pattern, string_distance
 from quantkit.rl.rewards.tags import DEFAULT, Tags, approximate_format, exact_format, solution
@@ -15,11 +18,14 @@ def gsm8k_rewards(tags: Tags = DEFAULT) -> list[Reward]:
 
 
 __all__ = [
+    "Audit",
+    "Judge",
     "Reward",
     "RewardFile",
     "Tags",
     "answer_score",
     "approximate_format",
+    "audited",
     "by_name",
     "checked",
     "checklist",
@@ -29,7 +35,9 @@ __all__ = [
     "first_number",
     "gsm8k_answer",
     "gsm8k_rewards",
+    "judge",
     "language",
+    "learned",
     "length",
     "load_file",
     "load_rewards",

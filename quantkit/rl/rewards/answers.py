@@ -54,14 +54,19 @@ def gsm8k_answer(text: str) -> str | None:
     return answer.strip() if mark else None
 
 
+def final(reference: str) -> str:
+    """The answer of a reference that is a whole GSM8K solution, else the reference itself."""
+    return gsm8k_answer(reference) or reference
+
+
 def answer_score(tags: Tags = DEFAULT, column: str = "answer") -> Reward:
     """How close the solution is to the reference, on the scale of the public reasoning workshop's recipe.
 
     +5 the same text; +3.5 the same but for spaces around it; +2 a number within 10 % (ratio 0.9 to 1.1); +1.5 within 20 %;
     −2.5 another number; −2 if one of them is no number, or there is no solution, or a blank one. A reference of 0 has no
-    ratio: another way to write 0 gets +2, all other numbers −2.5. See ``compared`` for missing references and errors.
+    ratio: another way to write 0 gets +2, all other numbers −2.5. Of a GSM8K solution the part after "####" counts. See ``compared`` for missing references and errors.
     """
-    return compared("answer_score", column, lambda text, reference: _closeness(solution(text, tags), reference))
+    return compared("answer_score", column, lambda text, reference: _closeness(solution(text, tags), final(reference)))
 
 
 def _closeness(guess: str | None, reference: str) -> float:
@@ -86,9 +91,12 @@ def number_score(tags: Tags = DEFAULT, column: str = "answer") -> Reward:
     """+3.5 if the first number of the solution is the reference, −1.5 if it is another, −2.5 if there is none.
 
     The scale is that of the public reasoning workshop's recipe. None where the reference is no number.
+    Of a GSM8K solution the part after "####" counts.
     See ``compared`` for missing references and errors.
     """
-    return compared("number_score", column, lambda text, reference: _equality(solution(text, tags), parse_number(reference)))
+    return compared(
+        "number_score", column, lambda text, reference: _equality(solution(text, tags), parse_number(final(reference)))
+    )
 
 
 def _equality(guess: str | None, true: float | None) -> float | None:

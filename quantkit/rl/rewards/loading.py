@@ -33,7 +33,7 @@ PLAIN: dict[str, Callable[[], Reward]] = {
     "code": code_reward,
 }
 LIBRARY = "library:"
-TO_BE_SET = ("length", "pattern", "language", "checklist")
+TO_BE_SET = ("length", "pattern", "language", "checklist", "learned", "judge", "audited")
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_file(path: str | Path) -> RewardFile:
     has no rewards, two of the same name, or weights that do not fit.
     """
     path = Path(path)
-    module = _run(path)
+    module = run_file(path)
     listed = vars(module).get("REWARDS")
     if listed is not None and not _is_list(listed):
         raise RewardError(f"REWARDS in {path} is a {type(listed).__name__}", hint="write REWARDS = [reward, ...]")
@@ -101,11 +101,12 @@ def rewards_of(said: str) -> tuple[list[Reward], tuple[float, ...]]:
     return [by_name(name) for name in names], ()
 
 
-def _run(path: Path) -> ModuleType:
+def run_file(path: Path, what: str = "rewards") -> ModuleType:
+    """Run a Python file as a module that nothing can import. what: it should have. Raises RewardError."""
     try:
         source = path.read_bytes()
     except OSError as error:
-        raise RewardError(f"{path} cannot be read ({error.strerror})", hint="give a Python file with rewards") from None
+        raise RewardError(f"{path} cannot be read ({error.strerror})", hint=f"give a Python file with {what}") from None
     name = f"_quantkit_rewards_{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}"
     module = ModuleType(name)
     module.__file__ = str(path)
@@ -125,14 +126,15 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
+def own_functions(module: ModuleType) -> list[Any]:
+    """The file's own functions, in the order of their definition; those with a leading underscore are not taken."""
+    found = (value for name, value in vars(module).items() if inspect.isfunction(value) and not name.startswith("_"))
+    return [value for value in dict.fromkeys(found) if value.__module__ == module.__name__]
+
+
 def _functions(module: ModuleType) -> list[Any]:
-    """The file's own functions, in the order of their definition."""
-    own = [
-        value
-        for name, value in vars(module).items()
-        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-    ]
-    return [value for value in dict.fromkeys(own) if [*inspect.signature(value).parameters][:2] == ["prompts", "completions"]]
+    """Those of them that are rewards."""
+    return [value for value in own_functions(module) if [*inspect.signature(value).parameters][:2] == ["prompts", "completions"]]
 
 
 def _check_names(rewards: list[Any], path: Path) -> None:
