@@ -24,6 +24,7 @@ from quantkit.errors import CalibrationError, CheckpointError, OutputError, Plan
 from quantkit.evaluation.compare import Report
 from quantkit.evaluation.continued import Continued
 from quantkit.evaluation.generate import Generation
+from quantkit.evaluation.lm_eval_results import EvalReport
 from quantkit.kernels.devices import require_device
 from quantkit.planning.budget import Request, parse_size
 from quantkit.planning.memory import Run
@@ -271,57 +272,59 @@ def artifact_name(checkpoint: Checkpoint, plan: Plan) -> str:
 def compare(
     reference: str | Path, candidates: Sequence[str | Path], text: Sequence[str | Path] = (), *, runtime: str = "torch",
     window: int = 512, limit: int | None = None, html: str | Path | None = None, work: str | Path | None = None,
-    device: str = "cpu", cache: str | Path | None = None, append: str | Path | None = None,
-    texts: Sequence[Continued] = (), progress: Progress | None = None,
+    device: str = "cpu", cache: str | Path | None = None, append: str | Path | None = None, speed: bool = False,
+    texts: Sequence[Continued] = (), results: EvalReport | None = None, sweep: Sweep | None = None, command: str = "",
+    progress: Progress | None = None,
 ) -> Report:  # fmt: skip
     """KL divergence, perplexity and agreement of ``candidates`` against ``reference``; optionally an HTML report.
 
     cache: file of the reference's distributions, written if it is not there, else read instead of running the reference; it may
-    also stand for the reference itself, as may a file of llama-perplexity's ``--kl-divergence-base``. append: a leaderboard that takes the rows. texts: shown in the report, see :mod:`quantkit.evaluation.continued`.
-    Raises CheckpointError if a candidate has another vocabulary, CalibrationError if there is too little text.
+    also stand for the reference itself, as may a file of llama-perplexity's ``--kl-divergence-base``. append: a leaderboard that
+    takes the rows. speed: also run each model alone (:mod:`quantkit.evaluation.footprint`). The rest is shown in the report:
+    texts (:mod:`quantkit.evaluation.continued`), results of tasks, a sweep of the same model, the command that made it.
+
+    Raises CheckpointError if a candidate has another vocabulary, CalibrationError if there is too little text, PlanError if
+    results or sweep are of another model.
     """
-    from quantkit.evaluation.board import Table, identify, render, require_board, rows_of
-    from quantkit.evaluation.board import append as append_rows
+    from quantkit.evaluation.board import append as append_board
+    from quantkit.evaluation.board import render, require_board, rows_of
     from quantkit.evaluation.compare import compare as run_compare
+    from quantkit.evaluation.footprint import footprints
     from quantkit.evaluation.llama_reference import is_llama_reference
     from quantkit.evaluation.reference import is_reference
-    from quantkit.evaluation.report import Extras, Sample, plan_reasons, write_html
+    from quantkit.evaluation.report import Extras, plan_reasons, require_same_original, samples_of, write_html
     from quantkit.evaluation.texts import default_texts
+    from quantkit.planning.rates import machine_name
 
     _require_runtime(runtime, device)
     if html is not None:
         require_folder(Path(html))
         if Path(html).suffix.lower() not in (".html", ".htm"):
             raise OutputError(f"{html} is not a name for a report", hint="end it in .html")
-    judged = [Path(t) for t in text] or default_texts()
-    if (text or limit or cache) and (is_reference(Path(reference)) or is_llama_reference(Path(reference))):
+    original, files = Path(reference), [Path(c) for c in candidates]
+    kept = is_reference(original) or is_llama_reference(original)
+    if (text or limit or cache) and kept:
         hint = "leave out --text, --limit and --cache, or give the model itself"
         raise CheckpointError(f"{reference} is what was kept of a model on its text; it knows no other text", hint=hint)
     if append is not None:
         require_board(Path(append))
+    require_same_original(original, results, sweep)
     report = run_compare(
-        Path(reference),
-        [Path(c) for c in candidates],
-        judged,
-        runtime=runtime,
-        window=window,
-        limit=limit,
-        device=device,
-        cache=Path(cache) if cache else None,
-        progress=progress,
-    )
-    tables: list[Table] = []
-    if append is not None:
-        known = identify(Path(reference), [Path(c) for c in candidates], judged, window, limit)
-        tables = render(append_rows(Path(append), rows_of(report, known)), like=known, origin=True)
+        original, files, [Path(t) for t in text] or default_texts(), runtime=runtime, window=window, limit=limit, device=device,
+        cache=Path(cache) if cache else None, progress=progress,
+    )  # fmt: skip
+    if speed:
+        found = footprints(files if kept else [original, *files], runtime, device, progress)
+        report.reference_footprint = None if kept else found.pop(0)
+        for candidate, footprint in zip(report.candidates, found, strict=True):
+            candidate.footprint = footprint
+    board = append_board(Path(append), rows_of(report)) if append is not None else None
     if html is not None:
-        samples = {text.prompt: {t.model: t.text for t in texts if t.prompt == text.prompt} for text in texts}
         extras = Extras(
-            reasons=[plan_reasons(Path(str(c).split("+")[0])) for c in candidates],
-            samples=[Sample(prompt, by_model) for prompt, by_model in samples.items()],
-            board=tables,
-        )
-        write_html(report, Path(html), _analysis_beside(Path(reference), Path(work) if work else None), extras)
+            reasons=[plan_reasons(Path(str(c).split("+")[0])) for c in files], sweep=sweep, results=results, samples=samples_of(texts),
+            board=render(board, like=report, origin=True) if board is not None else (), hardware=machine_name(), command=command,
+        )  # fmt: skip
+        write_html(report, Path(html), _analysis_beside(original, Path(work) if work else None), extras)
     return report
 
 

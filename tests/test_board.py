@@ -19,7 +19,6 @@ from quantkit.evaluation.board import (
     Hardware,
     Row,
     append,
-    identify,
     read_board,
     render,
     require_board,
@@ -46,15 +45,14 @@ def row(name: str = "a.gguf", kld: float = 0.01, size: int = 1000, **changes) ->
 
 @pytest.fixture(scope="module")
 def made(tiny_folder, tiny_gguf):
-    """(original, candidates, report, identities, rows) of a real comparison."""
+    """(original, candidates, report, rows) of a real comparison."""
     original, files = tiny_folder("llama"), [tiny_gguf("llama", "Q8_0"), tiny_gguf("llama", "Q4_0")]
     report = compare(original, files, limit=LIMIT)
-    identities = identify(original, files, default_texts(), report.window, LIMIT)
-    return original, files, report, identities, rows_of(report, identities)
+    return original, files, report, rows_of(report)
 
 
 def test_a_comparison_becomes_rows_with_its_numbers_and_where_they_come_from(made):
-    _, files, report, _, rows = made
+    _, files, report, rows = made
     assert [r.name for r in rows] == [f.name for f in files]
     for r, candidate, file in zip(rows, report.candidates, files, strict=True):
         assert r.divergence == candidate.divergence and r.tokens == report.tokens > 0
@@ -73,26 +71,25 @@ def test_a_board_reads_back_as_it_was_written(made, tmp_path):
 
 
 def test_the_same_comparison_again_replaces_its_rows_and_another_text_adds_rows(made, tmp_path):
-    original, files, _, _, rows = made
+    original, files, _, rows = made
     path = tmp_path / "board.json"
     append(path, rows)
     again = compare(original, files, limit=LIMIT)
-    assert (
-        append(path, rows_of(again, identify(original, files, default_texts(), again.window, LIMIT))).rows[0].key == rows[0].key
-    )
+    assert append(path, rows_of(again)).rows[0].key == rows[0].key
     assert len(read_board(path).rows) == 2
     other = tmp_path / default_texts()[0].name  # the same name, another text
     other.write_text(default_texts()[0].read_text(encoding="utf-8")[20_000:60_000], encoding="utf-8")
     found = compare(original, files[:1], [other], limit=LIMIT)
-    after = append(path, rows_of(found, identify(original, files[:1], [other], found.window, LIMIT)))
+    after = append(path, rows_of(found))
     assert len(after.rows) == 3 and [len(group) for group in after.groups()] in ([2, 1], [1, 2])
 
 
 def test_an_original_kept_in_a_file_is_the_same_original(made, tmp_path):
-    original, files, report, identities, _ = made
+    original, files, report, rows = made
     compare(original, files[:1], limit=LIMIT, cache=tmp_path / "original.ref")
-    kept = identify(tmp_path / "original.ref", files, default_texts(), report.window, LIMIT)
-    assert kept == identities
+    kept = compare(tmp_path / "original.ref", files)
+    assert (kept.reference_identity, kept.text_identity) == (report.reference_identity, report.text_identity)
+    assert [row.key for row in rows_of(kept)] == [row.key for row in rows]
 
 
 def test_which_fields_decide_whether_a_row_replaces_another():
@@ -110,8 +107,8 @@ def test_a_replaced_file_with_an_old_manifest_has_no_hash(made, tmp_path):
     source, copy = made[1][0], tmp_path / "other.gguf"
     copy.write_bytes(source.read_bytes())
     manifest_path(copy).write_text(manifest_path(made[1][1]).read_text())
-    found = identify(made[0], [copy], default_texts(), 512, LIMIT).candidates[0]
-    assert found == (made[3].candidates[0][0], None)
+    found = compare(made[0], [copy], limit=LIMIT).candidates[0]
+    assert (found.identity, found.sha256) == (made[2].candidates[0].identity, None)
 
 
 def test_only_like_is_ranked_with_like():
@@ -136,7 +133,7 @@ def test_tables_show_the_numbers(made):
     board = Board((*made[-1], row("stranger.gguf")))
     tables = render(board, origin=True)
     assert len(tables) == 2 and all(len(cells) == len(table.columns) for table in tables for cells in table.rows)
-    (table,) = render(board, like=made[3])
+    (table,) = render(board, like=made[2])
     assert [cells[0] for cells in table.rows] == [made[1][0].name, made[1][1].name]
     best = made[2].candidates[0].divergence
     assert f"{best.mean_kld:.5f} ± {best.mean_kld_error:.5f}" in table.rows[0] and "255 tokens" in table.title

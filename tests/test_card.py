@@ -16,9 +16,11 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.checkpoint.gguf_reader import GgufFile
 from quantkit.checkpoint.gguf_writer import TensorSpec, write_gguf
 from quantkit.errors import CheckpointError, OutputError, PlanError, QuantkitError
-from quantkit.evaluation.board import append, identify, markdown, rows_of
-from quantkit.evaluation.card import CardOptions, base_models, hub_name, make_card, read_artifact, write_card
-from quantkit.evaluation.texts import default_texts
+from quantkit.evaluation.board import append, markdown, rows_of
+from quantkit.evaluation.card import Card, CardOptions, make_card, write_card
+from quantkit.evaluation.card_artifact import read_artifact
+from quantkit.evaluation.card_collection import default_target, read_collection
+from quantkit.evaluation.card_hub import base_models, hub_name
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.pipeline import run
@@ -40,6 +42,12 @@ def packed(tiny_gguf, tmp_path):
 def folder(tiny_folder, tmp_path_factory):
     """A safetensors folder in W4A16_G32, and its manifest."""
     return quantize(tiny_folder("llama"), tmp_path_factory.mktemp("card") / "w4", "uniform:W4A16_G32")
+
+
+def card_of(*paths, options=NONE, folder=None) -> Card:
+    """A card that is not written."""
+    collection = read_collection(paths)
+    return make_card(collection, options, folder or default_target(collection).parent)
 
 
 def rewritten(source, target, **changes):
@@ -64,7 +72,7 @@ def front(text):
 
 
 def test_a_card_of_a_gguf_says_what_it_is_and_how_it_was_made(packed):
-    out, card = write_card(packed, None, CardOptions(base_model="org/tiny-llama", license="apache-2.0", quantized_by="me"))
+    out, card = write_card([packed], None, CardOptions(base_model="org/tiny-llama", license="apache-2.0", quantized_by="me"))
     assert out == packed.parent / "README.md" and out.read_text() == card.text and card.notes == ()
     assert front(card.text) == {
         "base_model": "org/tiny-llama", "base_model_relation": "quantized", "library_name": "gguf", "license": "apache-2.0",
@@ -91,7 +99,7 @@ def test_the_command_makes_the_same_file_again(tiny_folder, packed, tmp_path, mo
 
     from quantkit.cli import main
 
-    command = re.search(r"```sh\nquantkit (quantize .*)\n```", make_card(read_artifact(packed), NONE).text).group(1)
+    command = re.search(r"```sh\nquantkit (quantize .*)\n```", card_of(packed).text).group(1)
     (tmp_path / "again").mkdir()
     monkeypatch.chdir(tmp_path / "again")
     (tmp_path / "again" / "llama").symlink_to(tiny_folder("llama"))
@@ -103,34 +111,32 @@ def test_the_command_makes_the_same_file_again(tiny_folder, packed, tmp_path, mo
 def test_the_numbers_are_those_of_the_board(tiny_folder, packed, tiny_gguf, tmp_path):
     files = [packed, tiny_gguf("llama", "Q8_0")]
     report = compare(tiny_folder("llama"), files, limit=LIMIT)
-    rows = rows_of(report, identify(tiny_folder("llama"), files, default_texts(), report.window, LIMIT))
+    rows = rows_of(report)
     append(tmp_path / "board.json", [*rows, replace(rows[0], runtime="llama", sha256=None, identity="another file")])
-    card = make_card(read_artifact(packed), CardOptions(board=tmp_path / "board.json"))
+    card = card_of(packed, options=CardOptions(board=tmp_path / "board.json"))
     d = report.candidates[0].divergence
     assert f"{d.mean_kld:.5f} ± {d.mean_kld_error:.5f}" in card.text and "Not measured" not in card.text
     assert card.text.count("| torch on cpu |") == 1 and "llama on cpu" not in card.text
     assert f"{report.candidates[1].divergence.mean_kld:.5f}" not in card.text
     manifest_path(packed).unlink()  # then what the row knows of the weights decides
-    assert f"{d.mean_kld:.5f}" in make_card(read_artifact(packed), CardOptions(board=tmp_path / "board.json")).text
+    assert f"{d.mean_kld:.5f}" in card_of(packed, options=CardOptions(board=tmp_path / "board.json")).text
     (tmp_path / "report.json").write_text(report.to_json())
-    assert f"{d.mean_kld:.5f} ± {d.mean_kld_error:.5f}" in make_card(read_artifact(packed), CardOptions(report=tmp_path / "report.json")).text  # fmt: skip
+    assert f"{d.mean_kld:.5f} ± {d.mean_kld_error:.5f}" in card_of(packed, options=CardOptions(report=tmp_path / "report.json")).text  # fmt: skip
 
 
 def test_numbers_of_other_files_are_not_taken(packed, tiny_gguf, tiny_folder, tmp_path):
     other = tiny_gguf("llama", "Q8_0")
     report = compare(tiny_folder("llama"), [other], limit=LIMIT)
     (tmp_path / "report.json").write_text(report.to_json())
-    append(
-        tmp_path / "board.json", rows_of(report, identify(tiny_folder("llama"), [other], default_texts(), report.window, LIMIT))
-    )
+    append(tmp_path / "board.json", rows_of(report))
     for options in (CardOptions(board=tmp_path / "board.json"), CardOptions(report=tmp_path / "report.json")):
-        card = make_card(read_artifact(packed), options)
+        card = card_of(packed, options=options)
         assert "\nNot measured.\n" in card.text and any("holds no numbers of" in note for note in card.notes)
 
 
 def test_a_card_of_a_folder_names_the_programs_that_load_it(folder):
     path, manifest = folder
-    card = make_card(read_artifact(path), NONE)
+    card = card_of(path)
     found = front(card.text)
     assert found["library_name"] == "transformers" and found["tags"] == [
         "safetensors",
@@ -148,7 +154,7 @@ def test_a_card_of_a_folder_names_the_programs_that_load_it(folder):
 
 def test_transformers_is_left_out_where_it_does_not_load_the_experts(tiny_folder, tmp_path):
     out, _ = quantize(tiny_folder("qwen3_moe"), tmp_path / "nvfp4", "uniform:NVFP4", container="safetensors")
-    text = make_card(read_artifact(out), NONE).text
+    text = card_of(out).text
     assert "vllm serve nvfp4" in text and "from_pretrained" not in text
 
 
@@ -157,7 +163,7 @@ def test_all_parts_of_a_split_file_stand_in_its_card(tiny_folder, tmp_path):
     run(checkpoint, uniform_plan(checkpoint, "Q8_0", None), tmp_path / "x.gguf", split_bytes=500_000)
     parts = sorted(tmp_path.glob("x-*.gguf"))
     assert len(parts) > 1
-    cards = {make_card(read_artifact(part), NONE).text for part in parts}
+    cards = {card_of(part).text for part in parts}
     assert len(cards) == 1
     text = cards.pop()
     assert all(f"| {p.name} | {p.stat().st_size:,} | {Manifest.read(manifest_path(p)).file_sha256} |" in text for p in parts)
@@ -174,47 +180,46 @@ def test_a_plan_tells_floors_and_pinned_weights(at_home, analyzed, tmp_path):
     name = next(n for n, e in plan.tensors.items() if e.format not in ("F32", "Q8_0"))
     plan.tensors[name] = replace(plan.tensors[name], pins=((3, 7),))
     plan_file.write_text(plan.to_json())
-    text = make_card(read_artifact(path), CardOptions(plan=plan_file)).text
+    text = card_of(path, options=CardOptions(plans=(plan_file,))).text
     assert plan.constraints and markdown(f"{name}[3, 7] is pinned") in text
     for line in plan.constraints:
         assert markdown(line) in text
     assert "--plan plan.json" in text and "--bpw" not in text
-    text = make_card(read_artifact(path), NONE).text
+    text = card_of(path).text
     assert "--bpw 4.0" in text and "its plan.json" in text
     assert ("Predicted by its plan" in text) == (manifest.plan["predicted_kld"] is not None)
     plan.tensors[name] = replace(plan.tensors[name], format="Q8_0")
     (tmp_path / "edited.json").write_text(plan.to_json())
     with pytest.raises(PlanError, match=f"not the plan of dyn.gguf: {name}"):
-        make_card(read_artifact(path), CardOptions(plan=tmp_path / "edited.json"))
+        card_of(path, options=CardOptions(plans=(tmp_path / "edited.json",)))
 
 
 def test_a_file_without_a_manifest_says_only_what_it_knows(packed):
     manifest_path(packed).unlink()
-    card = make_card(read_artifact(packed), NONE)
+    card = card_of(packed)
     assert "No manifest was found" in card.text and "not known: no manifest" in card.text and "quantkit.version" in card.text
     assert "quantkit quantize" not in card.text and any("has no manifest" in note for note in card.notes)
 
 
 def test_a_gguf_of_an_architecture_that_quantkit_does_not_run_gets_a_card(packed, tmp_path):
     other = rewritten(packed, tmp_path / "other.gguf", general__architecture=gv.string("mamba9"))
-    text = make_card(read_artifact(other), NONE).text
+    text = card_of(other).text
     assert front(text)["tags"][2] == "mamba9" and "llama-cli" in text and "quantkit.load" not in text
 
 
 def test_the_base_is_taken_from_the_files_metadata_and_said(packed, tmp_path):
     url = gv.string("https://huggingface.co/parent/one")
-    parent = read_artifact(rewritten(packed, tmp_path / "p.gguf", general__base_model__0__repo_url=url))
-    card = make_card(parent, NONE)
+    card = card_of(rewritten(packed, tmp_path / "p.gguf", general__base_model__0__repo_url=url))
     assert front(card.text)["base_model"] == "parent/one" and any("--base-model says otherwise" in note for note in card.notes)
     source = {"general__source__repo_url": gv.string("https://huggingface.co/org/two"), "general__base_model__0__repo_url": url}
     both = read_artifact(rewritten(packed, tmp_path / "b.gguf", **source, general__license=gv.string("MIT")))
-    assert base_models(both, None)[0] == ["org/two"] and base_models(both, "a/b") == (["a/b"], [])
-    assert front(make_card(both, NONE).text)["license"] == "mit"
+    assert base_models([both], None)[0] == ["org/two"] and base_models([both], "a/b") == (["a/b"], [])
+    assert front(card_of(both.path).text)["license"] == "mit"
 
 
 def test_a_license_without_a_known_name_is_other(packed, tmp_path):
     file = rewritten(packed, tmp_path / "l.gguf", general__license=gv.string("My: own # license"))
-    found = front(make_card(read_artifact(file), NONE).text)
+    found = front(card_of(file).text)
     assert (found["license"], found["license_name"]) == ("other", "My: own # license")
 
 
@@ -235,7 +240,7 @@ def test_names_that_look_like_markup_stay_text(packed, tmp_path):
         "quantize__imatrix__dataset": gv.string(evil),
     }
     file = rewritten(packed, tmp_path / "a`b|c <i>.gguf", **metadata)
-    _, card = write_card(file, tmp_path / "card.md", NONE)
+    _, card = write_card([file], tmp_path / "card.md", NONE)
     found = front(card.text)
     assert found["tags"] == ["gguf", "quantized", "llama", "imatrix", "quantkit"] and "\n" not in found["quantized_by"]
     body = re.sub(r"(`{3,})\w+\n.*?\n\1", "", card.text.split("\n---\n", 1)[1], flags=re.DOTALL)
@@ -249,9 +254,9 @@ def test_an_existing_readme_stays_unless_forced(packed):
     readme = packed.parent / "README.md"
     readme.write_text("precious")
     with pytest.raises(OutputError, match="--force"):
-        write_card(packed, None, NONE)
+        write_card([packed], None, NONE)
     assert readme.read_text() == "precious"
-    write_card(packed, None, NONE, force=True)
+    write_card([packed], None, NONE, force=True)
     assert readme.read_text().startswith("---\n")
 
 
@@ -265,7 +270,7 @@ def test_an_existing_readme_stays_unless_forced(packed):
 )
 def test_options_that_do_not_fit_write_nothing(options, words, packed):
     with pytest.raises(PlanError, match=words):
-        write_card(packed, None, options)
+        write_card([packed], None, options)
     assert not (packed.parent / "README.md").exists()
 
 
@@ -273,7 +278,7 @@ def test_options_that_do_not_fit_write_nothing(options, words, packed):
 def test_what_is_no_report_is_refused(content, packed, tmp_path):
     (tmp_path / "r.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"r\.json"):
-        write_card(packed, None, CardOptions(report=tmp_path / "r.json"))
+        write_card([packed], None, CardOptions(report=tmp_path / "r.json"))
     assert not (packed.parent / "README.md").exists()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -20,6 +22,7 @@ from quantkit.evaluation.report import render_html
 from quantkit.evaluation.texts import default_texts
 from quantkit.planning.artifact import output_metadata, tensor_specs
 from quantkit.planning.standard import uniform_plan
+from quantkit.planning.sweep import Point, Sweep
 from quantkit.quantizer.pipeline import run
 
 
@@ -177,3 +180,41 @@ def test_texts_side_by_side(files, tmp_path):
     assert texts[0]["text"].split()[0] in html and "leaderboard" in html.lower() and (tmp_path / "board.json").exists()
     table = CliRunner().invoke(main, [*command, str(tmp_path / "other.html"), "--breakdown"])
     assert table.exit_code == 0 and "tokens as the original's" in table.output and "its worst tokens" in table.output
+
+
+def test_one_command_says_everything(files, tmp_path, monkeypatch):
+    """Divergence, tasks and a sweep in one report, from the models or from files; what is of another model is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QUANTKIT_DATA", "sample")
+    points = [Point("p", "dynamic", 30_000, 4.0, 0.2, {}), Point("Q4_K_M", "stock", 40_000, 5.0, 0.1, {})]
+    sweep = Sweep(tiny.MOE.name, "probes", points)
+    (tmp_path / "sweep.json").write_text(sweep.to_json())
+    command = ["compare", str(tiny.MOE), str(files / "Q4_K.gguf"), "--limit", "512"]
+    more = ["--tasks", "piqa_local", "--sweep", "sweep.json", "-o", "report.html"]
+    said = CliRunner().invoke(main, [*command, *more, "--json"])
+    assert said.exit_code == 0, said.output
+    answered = json.loads(said.stdout)["results"]["models"]
+    assert [model["name"] for model in answered] == [tiny.MOE.name, "Q4_K.gguf"]
+    text = html.unescape((tmp_path / "report.html").read_text())
+    for words in ("piqa_local", "plans at every size", "Q4_K_M", "cores", "quantkit "):
+        assert words in text, words
+    asked = CliRunner().invoke(main, ["eval", *command[1:3], "--tasks", "piqa_local", "-o", "answers.json"])
+    assert asked.exit_code == 0, asked.output
+    shown = CliRunner().invoke(main, [*command, "--results", "answers.json", "-o", "other.html"])
+    assert shown.exit_code == 0 and "piqa_local" in shown.output, shown.output
+    assert "piqa_local" in (tmp_path / "other.html").read_text()
+
+    (tmp_path / "other.json").write_text(replace(sweep, model="another").to_json())
+    (tmp_path / "broken.json").write_text(sweep.to_json().replace('"kind": "stock"', '"kind": 7'))
+    other = ["compare", str(files / "Q2_K.gguf"), str(files / "Q4_K.gguf"), "--limit", "512"]
+    for arguments, words in (
+        ([*command, "--sweep", "other.json"], "the sweep is one of another"),
+        ([*command, "--sweep", "broken.json"], "is damaged (the sweep, points, kind is 7)"),
+        ([*command, "--sweep", "answers.json"], "is no sweep of this version"),
+        ([*command, "--results", "sweep.json"], "holds no results"),
+        ([*other, "--results", "answers.json"], "the results are of"),
+        ([*command, "--results", "answers.json", "--tasks", "piqa_local"], "give one of the two"),
+        ([*command, "--tasks", "piqa_lokal"], "piqa_local"),
+    ):
+        refused = CliRunner().invoke(main, arguments)
+        assert refused.exit_code == 1 and words in " ".join(refused.output.split()), refused.output

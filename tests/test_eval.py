@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import tiny
@@ -24,13 +26,18 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.cli.eval import command
 from quantkit.errors import CalibrationError, CheckpointError, MissingDependencyError, QuantkitError
 from quantkit.evaluation import lm_eval_run, lm_eval_tasks
+from quantkit.evaluation.generate import Sampling
 from quantkit.evaluation.lm_eval_cli import register
 from quantkit.evaluation.lm_eval_data import TASKS, arc, data_folder, gsm8k, piqa, wikitext, wikitext_stream
+from quantkit.evaluation.lm_eval_draws import NUMBER, Draw, Drawer, cut, numbered
 from quantkit.evaluation.lm_eval_engines import Group, TorchEngine
-from quantkit.evaluation.lm_eval_results import read_results
+from quantkit.evaluation.lm_eval_flips import changed
+from quantkit.evaluation.lm_eval_results import Item, TaskScores, read_results
 from quantkit.evaluation.lm_eval_rows import LOGITS, batches, row_of
 from quantkit.evaluation.lm_eval_run import Options, Served, evaluate_models
+from quantkit.evaluation.lm_eval_samples import TEMPERATURE, Draws, ask_often, judge, verdict_of, with_groups
 from quantkit.evaluation.lm_eval_tasks import load_tasks
+from quantkit.evaluation.lm_eval_words import excerpt, words_of
 from quantkit.evaluation.plugin_lm_eval import QuantkitLM
 
 QUESTION = "Question: Which of these is a mineral that people and other animals often eat?\nAnswer:"
@@ -618,3 +625,338 @@ def test_models_are_looked_at_before_the_first_is_asked(tiny_folder, tmp_path, m
         evaluate_models([tiny_folder("llama"), tmp_path / "missing.gguf"], Options(tasks=["piqa_local"], data="sample"))
     with pytest.raises(QuantkitError, match="no model"):
         evaluate_models([], Options(tasks=["piqa_local"], data="sample"))
+
+
+LETTERS = """
+task: letters
+custom_dataset: !function letters_data.documents
+output_type: generate_until
+test_split: test
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+num_fewshot: 0
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 6, do_sample: false, top_k: 1}
+filter_list:
+  - name: letter
+    filter: [{function: regex, regex_pattern: "([a-z])"}, {function: take_first}]
+metadata: {version: 1.0}
+"""
+LETTERS_DATA = """
+def documents(**given):
+    from datasets import Dataset
+
+    asked = ("Once upon a time", "The little dog went", "He said that", "She")
+    return {"test": Dataset.from_list([{"question": text, "answer": "e"} for text in asked])}
+"""
+EIGHT = {"samples": 8, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """A task that a tiny model sometimes gets right: the first small letter of six tokens should be an e."""
+    folder = tmp_path_factory.mktemp("letters")
+    (folder / "letters_data.py").write_text(LETTERS_DATA)
+    (folder / "letters.yaml").write_text(LETTERS)
+    return str(folder / "letters.yaml")
+
+
+def drawn(monkeypatch, task, models, work, **options):
+    """(report, texts of each model: four questions of eight answers), with every text that a model gave."""
+    said, before = [], QuantkitLM.generate_until
+    monkeypatch.setattr(
+        QuantkitLM, "generate_until", lambda self, requests, *given: said.append(before(self, requests, *given)) or said[-1]
+    )
+    report = evaluate_models(models, Options(tasks=[task], work=work, **{**EIGHT, **options}))
+    monkeypatch.setattr(QuantkitLM, "generate_until", before)
+    return report, [[texts[start : start + 8] for start in range(0, len(texts), 8)] for texts in said]
+
+
+def test_several_answers_are_counted_as_by_hand(tiny_folder, letters, tmp_path, monkeypatch):
+    report, ((*texts,),) = drawn(monkeypatch, letters, [tiny_folder("llama")], tmp_path)
+    assert len(texts) == 4 and all(len(set(some)) > 4 for some in texts)  # not the same answer eight times
+    found = report.models[0].results["letters"]
+    first = [[match[0] if (match := re.search("[a-z]", text)) else None for text in some] for some in texts]
+    right = [some.count("e") for some in first]
+    assert [item.right for item in found.items] == [{"exact_match,letter": count} for count in right] and 0 < sum(right) < 32
+    assert all(item.samples == 8 for item in found.items) and report.samples == 8 and report.temperature == TEMPERATURE
+    for k in (1, 2, 4, 8):
+        values = [1 - math.comb(8 - count, k) / math.comb(8, k) for count in right]
+        score = next(score for score in found.scores if score.name == f"pass@{k},letter")
+        assert score.value == pytest.approx(np.mean(values)) and score.stderr == pytest.approx(np.std(values, ddof=1) / 2)
+    assert [score.name for score in found.scores] == [
+        f"{n},letter" for n in ("pass@1", "pass@2", "pass@4", "pass@8", "majority@8")
+    ]
+    votes = [max({letter: some.count(letter) for letter in some if letter}.values(), default=0) for some in first]
+    for item, some, most in zip(found.items, first, votes, strict=True):
+        leaders = {letter for letter in some if letter and some.count(letter) == most}
+        assert item.scores["majority@8,letter"] == pytest.approx(("e" in leaders) / max(len(leaders), 1))
+
+
+def test_answers_are_the_same_again_in_other_batches_and_for_the_same_model(
+    tiny_folder, tiny_gguf, letters, tmp_path, monkeypatch
+):
+    folder = tiny_folder("llama")
+    _, (here, there) = drawn(monkeypatch, letters, [folder, tiny_gguf("llama", "F32")], tmp_path / "a")
+    assert here == there
+    assert drawn(monkeypatch, letters, [folder], tmp_path / "b", batch=3)[1] == [here]
+    other, hot = (
+        drawn(monkeypatch, letters, [folder], tmp_path / "a", **given)[1] for given in ({"seed": 4}, {"temperature": 9.0})
+    )
+    assert other != [here] and hot != [here]
+
+
+def test_llama_cpp_draws_the_same_answers(tiny_gguf, letters, tmp_path, monkeypatch):
+    llama_cpp()
+    files = [tiny_gguf("llama", "F32")]
+    texts = [drawn(monkeypatch, letters, files, tmp_path, runtime=runtime)[1] for runtime in ("torch", "llama")]
+    assert texts[0] == texts[1]
+
+
+def test_answers_that_were_drawn_are_not_drawn_again(tiny_folder, letters, tmp_path, monkeypatch):
+    """A killed run goes on; a finished one asks the model nothing, and keeps all answers apart."""
+    passes, before = [], QuantkitLM._model_generate
+
+    def dying(stop_after):
+        def generate(self, context, *given, **options):
+            passes.append(len(context))
+            if len(passes) > stop_after:
+                raise KeyboardInterrupt
+            return before(self, context, *given, **options)
+
+        return generate
+
+    def run(stop_after):
+        passes.clear()
+        monkeypatch.setattr(QuantkitLM, "_model_generate", dying(stop_after))
+        return drawn(monkeypatch, letters, [tiny_folder("llama")], tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(3)
+    _, texts = run(100)
+    assert sum(passes) == 32 - 12  # four questions in each of three passes were kept
+    monkeypatch.setattr(QuantkitLM, "generate_until", QuantkitLM.generate_until)
+    report, again = run(0)
+    assert not passes and again == texts and report.models[0].results["letters"].items[0].samples == 8
+
+
+def test_other_tasks_are_asked_as_ever_and_some_task_must_be_checkable(tiny_folder, letters, tmp_path):
+    model = [tiny_folder("llama")]
+    plain, both = (
+        evaluate_models(model, Options(tasks=tasks, limit=2, data="sample", work=tmp_path / str(samples), samples=samples))
+        for tasks, samples in ((["piqa_local"], 1), (["piqa_local", letters], 2))
+    )
+    assert both.models[0].results["piqa_local"].scores == plain.models[0].results["piqa_local"].scores
+    assert {s.name for s in both.models[0].results["letters"].scores} == {
+        f"{n},letter" for n in ("pass@1", "pass@2", "majority@2")
+    }
+    for given, match in (
+        ({"samples": 4}, "no answer of piqa_local can be drawn and checked"),
+        ({"temperature": 0.5}, "add --samples"),
+        ({"samples": 4, "temperature": 0.0}, "cannot draw 4 answers at temperature 0 with"),
+        ({"samples": 4, "temperature": math.nan}, "at temperature nan"),
+        ({"samples": 0}, "cannot draw 0 answers"),
+    ):
+        with pytest.raises(QuantkitError, match=match):
+            evaluate_models(model, Options(tasks=["piqa_local"], data="sample", work=tmp_path, **given))
+    with pytest.raises(QuantkitError, match="served model with the same seed; leave out --served"):
+        evaluate_models(model, Options(tasks=["gsm8k_local"], samples=2), [Served("http://127.0.0.1:9", "m")])
+
+
+@pytest.fixture
+def problems():
+    """gsm8k_local, each question asked four times."""
+    tasks = load_tasks(["gsm8k_local", "piqa_local"], "sample")["tasks"]
+    assert ask_often(tasks, Draws(4)) == ["gsm8k_local"]
+    return tasks["gsm8k_local"]
+
+
+def test_answers_are_judged_one_by_one(problems):
+    """1,000 and 1000 are one answer; a text without an answer never wins."""
+    doc = {"question": "?", "answer": "Some words\n#### 1,000"}
+    texts = ["so #### 1,000", "so #### 1000", "#### 7", "no idea"]
+    sample = {"doc": doc, "resps": [texts], "filter": "strict-match"}
+    found = judge(problems, sample, ",strict-match", Draws(4))
+    assert found.right == {"exact_match,strict-match": 2}
+    assert found.scores == {
+        "pass@1,strict-match": 0.5, "pass@2,strict-match": pytest.approx(1 - 1 / 6), "pass@4,strict-match": 1.0,
+        "majority@4,strict-match": 1.0,
+    }  # fmt: skip
+    sample["resps"] = [["#### 1,000", "#### 7", "#### 7", "no idea"]]
+    assert judge(problems, sample, "", Draws(4)).scores["majority@4"] == 0.0
+    sample["resps"] = [["no", "no", "no", "no"]]
+    assert judge(problems, sample, "", Draws(4)).scores == {"pass@1": 0.0, "pass@2": 0.0, "pass@4": 0.0, "majority@4": 0.0}
+
+
+def test_only_filters_that_find_answers_stay(problems):
+    """As in lm-eval's task of self-consistency: three filters that find the same and choose differently."""
+    from lm_eval.filters import build_filter_ensemble
+
+    find = ("regex", {"regex_pattern": "#### ([0-9]+)"})
+    problems._filters = [
+        build_filter_ensemble("score-first", [find, ("take_first", None)]),
+        build_filter_ensemble("maj@64", [find, ("majority_vote", None), ("take_first", None)]),
+        build_filter_ensemble("maj@8", [find, ("take_first_k", {"k": 8}), ("majority_vote", None), ("take_first", None)]),
+    ]
+    problems.set_config("generation_kwargs", {"until": ["\n\n"], "max_gen_toks": 9, "temperature": 0.2, "top_k": 40})
+    ask_often({"problems": problems}, Draws(4, 0.5, 2))
+    assert [one.name for one in problems._filters] == ["score-first"]
+    given = {"until": ["\n\n"], "max_gen_toks": 9, "do_sample": True, "temperature": 0.5, "seed": 2}
+    assert problems.get_config("generation_kwargs") == given and problems.get_config("repeats") == 4
+    assert verdict_of(problems) == "exact_match" and Draws(6).ks == [1, 2, 4] and Draws(8).ks == [1, 2, 4, 8]
+
+
+def test_a_group_has_the_means_over_all_questions():
+    def task(name, *values):
+        items = tuple(Item(n, f"h{n}", {"pass@1": v}, samples=2, right={"exact_match": int(2 * v)}) for n, v in enumerate(values))
+        return TaskScores(name, 0, "1", len(items), (), items)
+
+    results = {"a": task("a", 1.0), "b": task("b", 0.5, 0.0), "g": TaskScores("g", 0, "1", 3, (), (), ("a", "b"))}
+    (score,) = with_groups(results, ["a", "b"])["g"].scores
+    assert score.value == pytest.approx(0.5) and score.stderr == pytest.approx(0.5 / math.sqrt(3)) and score.unit == "share"
+    assert with_groups(results, [])["g"].scores == ()
+
+
+def test_tokens_are_drawn_as_often_as_they_should_be():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]]).repeat(4000, 1)
+    draws = [Draw(Sampling(0.7, seed=1), number).stream([1, 2]) for number in range(4000)]
+    drawn = Drawer(Draw(Sampling(0.7)), draws)(None, logits).argmax(-1)
+    shares = torch.bincount(drawn, minlength=5) / 4000
+    expected = (logits[0] / 0.7).softmax(-1)
+    assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / 4000).sqrt() + 1e-9).all() and shares[4] == 0
+
+
+def test_close_models_mostly_say_the_same():
+    """With equal noise; independent draws of tokens of this entropy would agree a third of the time."""
+    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0)) * 2
+    nearby = logits + 0.05 * torch.randn(2000, 50, generator=torch.Generator().manual_seed(1))
+
+    def tokens(scores, number=0):
+        draw = Draw(Sampling(1.0), number)
+        return Drawer(draw, [draw.stream([row]) for row in range(len(scores))])(None, scores).argmax(-1)
+
+    same, others = ((tokens(logits) == tokens(nearby, number)).float().mean() for number in (0, 1))
+    assert same > 0.95 and others < 0.4
+
+
+def test_what_is_cut_off_is_never_drawn():
+    scores = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log()
+    kept = [(cut(scores, Sampling(1.0, *given)) > -torch.inf)[0].tolist() for given in ((2,), (0, 0.6), (0, 0.4), (3, 0.9))]
+    assert kept == [
+        [False, True, True, False],
+        [False, True, True, False],
+        [False, True, False, False],
+        [True, True, True, False],
+    ]
+    assert cut(scores, Sampling(1.0)) is scores
+    assert Draw.of({"do_sample": True, "num_beams": 1}) == Draw(Sampling(1.0))
+    with pytest.raises(QuantkitError, match="draws answers with min_p; temperature, top_k and top_p are known"):
+        Draw.of({"do_sample": True, "temperature": 1.0, "min_p": 0.1})
+
+
+def test_equal_requests_for_random_answers_are_told_apart(tiny_folder):
+    """lm-eval's own repeats, without --samples: of a task that draws by itself."""
+    hot, cold = {"until": ["!"], "do_sample": True, "temperature": 2.0, "max_gen_toks": 5}, {"until": ["!"], "max_gen_toks": 5}
+    asked = [("a", hot), ("a", cold), ("a", hot), ("b", hot), ("a", hot), ("a", cold), ("a", {**hot, "temperature": 0.0})]
+    assert [options.get(NUMBER) for _, options in numbered(asked)] == [0, None, 1, 0, 2, None, None]
+    texts = QuantkitLM(str(tiny_folder("llama"))).generate_until(ask("g", *asked))
+    assert len({texts[0], texts[2], texts[4]}) == 3 and texts[1] == texts[5] == texts[6]
+
+
+def test_items_say_in_words_what_was_asked_and_answered(report):
+    original = report.models[0].results
+    asked = arc("easy", "sample")["test"]
+    for item, row in zip(original["arc_easy_local"].items, asked, strict=False):
+        assert item.question == excerpt(f"Question: {row['question']}\nAnswer:", 200)  # without the example before it
+        choices = [excerpt(choice, 160) for choice in row["choices"]["text"]]
+        assert item.expected == choices[item.target] and set(item.said) == {"acc", "acc_norm"}
+        assert item.said["acc"] == choices[item.chosen]
+        for metric, said in item.said.items():
+            assert item.scores[metric] == float(said == item.expected)
+    pair = original["blimp_passive_1_local"].items[0]
+    assert pair.question == "" and pair.expected.endswith(".") and pair.scores["acc"] == float(pair.said["acc"] == pair.expected)
+    problem = original["gsm8k_local"].items[0]
+    assert problem.question.startswith("Question: ") and len(problem.question) <= 200 and "#### " in problem.expected
+    assert set(problem.said) == set(problem.scores) and problem.said["exact_match,strict-match"] == "[invalid]"
+    assert not original["wikitext_local"].items[0].question
+
+
+def test_words_are_one_short_line():
+    assert excerpt(" a\n b\tc ", 9) == "a b c" and excerpt("a\x1b[31mb\u202e", 20) == "a\ufffd[31mb\ufffd"
+    long = excerpt("start " + "x" * 500 + " end", 50)
+    assert len(long) == 50 and long.startswith("start xx") and long.endswith("xx end") and " … " in long
+    assert excerpt("one two three four five six", 17) == "one two … ive six"
+    assert words_of(None, {}, "").said == {} and words_of(object(), {}, "").question == ""
+
+
+class Blanks:
+    """A task whose choices stand in the middle of a sentence, as in WinoGrande; several may be right."""
+
+    OUTPUT_TYPE, multiple_input = "multiple_choice", 2
+
+    class config:
+        doc_to_choice = True
+
+    def doc_to_choice(self, doc):
+        return doc["choices"]
+
+    def doc_to_text(self, doc):
+        return doc["right"]
+
+    def doc_to_target(self, doc):
+        return doc["rest"]
+
+
+def test_words_of_choices_by_length_and_in_the_middle_of_a_text():
+    doc = {"choices": ["The dog because", "The very old cat because"], "right": 1, "rest": "it barked."}
+    sample = {
+        "doc": doc,
+        "target": "it barked.",
+        "metrics": ["acc", "acc_norm", "f1"],
+        "resps": [[(-3.0, False)], [(-4.0, False)]],
+    }
+    found = words_of(Blanks(), sample, "")
+    assert (found.question, found.expected) == ("it barked.", "The very old cat because")
+    assert found.said == {"acc": "The dog because", "acc_norm": "The very old cat because"}  # −3 ÷ 15 is below −4 ÷ 24
+    Blanks.multiple_input = 0
+    doc["right"] = "What?"
+    assert words_of(Blanks(), {**sample, "target": [0, 1]}, "").expected == "The dog because / The very old cat because"
+
+
+def test_the_command_lists_flips_and_members(report, tiny_folder, monkeypatch):
+    """On the answers of the tiny models, some of which the candidate changed."""
+    monkeypatch.setattr(lm_eval_run, "evaluate_models", lambda *given: report)
+
+    def call(*arguments):
+        out = CliRunner().invoke(command, [str(tiny_folder("llama")), *arguments])
+        assert out.exit_code == 0, out.stderr
+        return out.stdout
+
+    plain, more = call(), call("--members", "--flips")
+    assert "blimp_passive_1_local" not in plain and "right → wrong:" not in plain and "p (Holm)" in plain
+    assert "perplexities against llama" in plain and "windows" in plain and "×" in plain
+    flipped = next(one for one in changed(report) if one.n_lost + one.n_gained)
+    one = (flipped.lost + flipped.gained)[0]
+    asked = f": {one.question}" if one.question else ""
+    assert f"  {one.task} {one.doc}{asked}\n    right: {one.expected} | llama: {one.before} | " in more
+    assert "in the tasks of groups" in more and "blimp_passive_1_local" in more
+    facts = json.loads(call("--json", "--members", "--flips"))
+    assert {row["task"] for row in facts["paired"]} == set(OFFLINE) and len(
+        {row["task"] for row in facts["paired_members"]}
+    ) == 17
+    ratio = next(row for row in facts["paired"] if row["task"] == "wikitext_windows_local")
+    scores = [model.results["wikitext_windows_local"].scores[0].value for model in report.models]
+    assert ratio["change"] == pytest.approx(scores[1] / scores[0]) and ratio["over"] == "windows" and ratio["error"] > 0
+    assert [row["task"] for row in facts["flips"]] == [one.task for one in changed(report)]
+    assert "flips" not in json.loads(call("--json"))
+
+
+def test_packages_of_a_task_are_named(monkeypatch):
+    """Some of lm-eval's tasks need more than lm-eval."""
+
+    def missing(self, names):
+        raise ModuleNotFoundError("No module named 'antlr4'", name="antlr4")
+
+    monkeypatch.setattr(TaskManager, "load", missing)
+    with pytest.raises(MissingDependencyError, match=r"task piqa_local needs antlr4.*pip install"):
+        load_tasks(["piqa_local"], "sample")

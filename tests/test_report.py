@@ -144,11 +144,14 @@ def made_report(*candidates: Candidate, reference: str = "m") -> Report:
     return Report(reference, 10_000_000, "llama", "torch", ["t.txt"], 1000, 512, list(candidates), {"torch": "2"})
 
 
-def answered(*models: tuple[str, list[bool]]) -> EvalReport:
-    """Models that answered the same questions of a task in a group."""
+def answered(*models: tuple[str, list[bool]], asked: str = "what?") -> EvalReport:
+    """Models that answered the same questions of a task in a group, in words that hold their names."""
     found = []
     for name, right in models:
-        items = tuple(Item(n, f"h{n}", {"acc": float(yes)}) for n, yes in enumerate(right))
+        items = tuple(
+            Item(n, f"h{n}", {"acc": float(yes)}, question=asked, expected=f"right {asked}", said={"acc": f"said {name}"})
+            for n, yes in enumerate(right)
+        )
         share = (Score("acc", sum(right) / len(right), 0.01, "share", True),)
         results = {
             "one": TaskScores("one", 0, "1", len(right), share, items),
@@ -195,7 +198,7 @@ def test_hostile_words_stay_words_wherever_they_come_from():
     report.candidates[0].plan[f"blk.0.{HOSTILE}"] = "Q4_K"
     extras = Extras(
         reasons=[dict.fromkeys(PLAN, HOSTILE), {}], sweep=swept(), samples=[Sample(HOSTILE, {HOSTILE: HOSTILE, "b": "x"})],
-        results=answered((HOSTILE, [True, False]), ("b", [False, False])), board=[Table(HOSTILE, ("a", "b"), ((HOSTILE, HOSTILE),))],
+        results=answered((HOSTILE, [True, False]), ("b", [False, False]), asked=HOSTILE), board=[Table(HOSTILE, ("a", "b"), ((HOSTILE, HOSTILE),))],
         hardware=HOSTILE, command=HOSTILE,
     )  # fmt: skip
     found = Page(render_html(report, analyzed_by_hand(HOSTILE, f"blk.0.{HOSTILE}"), extras))
@@ -269,10 +272,75 @@ def test_tasks_show_flips_and_the_chance_of_them():
     change = row.cells[1].change.flips
     assert (change.lost, change.gained) == (6, 1) and change.p_value == pytest.approx(0.125)
     text = render_html(made_report(made("m", 0.1, 5)), extras=Extras(results=results))
-    assert "6 lost, 1 gained, p 0.125" in text and "30.00 ± 1.00 %" in text and "−50.00" in text
+    assert text.count("6 lost, 1 gained, p 0.125 (Holm 0.125)") == 2  # of the group, and of its only task
+    assert "30.00 ± 1.00 %" in text and "−50.00" in text
     assert "no answer changed" in render_html(
         made_report(made("m", 0.1, 5)), extras=Extras(results=answered(("original", [True]), ("same", [True])))
     )
+
+
+def test_answers_that_flipped_are_listed_where_keys_reach_them():
+    results = answered(("original", [True] * 12 + [False] * 2), ("small", [False] * 12 + [True, False]), asked="why < not")
+    text = render_html(made_report(made("m", 0.1, 5)), extras=Extras(results=results))
+    (opened,) = re.findall(r"<details><summary>all, small.*?</details>", text, re.DOTALL)
+    assert "12 lost, 1 gained by acc</small></summary>" in opened and "8 of 12" in opened
+    assert (
+        opened.count("why &lt; not</span>") == 9
+        and opened.count("<q>said small</q>") == opened.count("<q>said original</q>") == 9
+    )
+    assert opened.count("<q>right why &lt; not</q>") == 9 and "one 7</span>" in opened and "one 8<" not in opened
+    same = answered(("original", [True, False]), ("same", [True, False]))
+    assert "<details><summary>all, same" not in render_html(made_report(made("m", 0.1, 5)), extras=Extras(results=same))
+
+
+def with_tasks(results: EvalReport, **tasks: tuple[TaskScores, ...]) -> EvalReport:
+    """Results with more tasks: of each, one for every model."""
+    models = [
+        replace(model, results=model.results | {name: found[n] for name, found in tasks.items()})
+        for n, model in enumerate(results.models)
+    ]
+    return replace(results, tasks=(*results.tasks, *tasks), models=tuple(models))
+
+
+def test_perplexities_and_several_answers_stand_beside_the_original():
+    def text_of(*scores: float) -> TaskScores:
+        items = tuple(Item(n, f"t{n}", {"word_perplexity": (score, 10.0)}, (score,)) for n, score in enumerate(scores))
+        value = math.exp(-sum(scores) / 10 / len(scores))
+        return TaskScores("texts", 0, "1", len(scores), (Score("word_perplexity", value, 0.1, "per word", False),), items)
+
+    def sampled(*rights: int) -> TaskScores:
+        items = tuple(Item(n, f"s{n}", {"pass@1": right / 4}, samples=4) for n, right in enumerate(rights))
+        return TaskScores("sums", 0, "1", len(rights), (Score("pass@1", sum(rights) / 8, 0.1, "share", True),), items)
+
+    results = with_tasks(
+        answered(("o", [True]), ("x", [True])),
+        texts=(text_of(-20.0, -30.0), text_of(-21.0, -33.0)), sums=(sampled(4, 2), sampled(3, 2)),
+    )  # fmt: skip
+    results = replace(results, samples=4, temperature=0.7)
+    rows = {row.task: row for row in task_rows(results)}
+    assert rows["texts"].cells[1].moved.startswith("×1.2214 (0.34")  # exp(4 ÷ 20); Student's 12.7 of one degree of freedom
+    assert rows["sums"].cells[1].moved.startswith("−12.50 (") and rows["sums"].cells[1].flipped == ""
+    assert not rows["texts"].cells[0].moved and not rows["sums"].cells[1].listed
+    text = render_html(made_report(made("m", 0.1, 5)), extras=Extras(results=results))
+    assert "×1.2214" in text and "4 were drawn to each question at temperature 0.7" in text
+
+
+def test_many_tasks_with_long_answers_stay_under_three_megabytes():
+    """Twelve candidates lost every question of 60 tasks; each sign of the words needs five in HTML."""
+    words = "&" * 200
+    names = ["original", *(f"candidate {n}" for n in range(12))]
+
+    def task(name: str, right: float) -> TaskScores:
+        items = tuple(
+            Item(n, f"{name}{n}", {"acc": right}, question=words, expected=words[:160], said={"acc": words[:160]})
+            for n in range(9)
+        )
+        return TaskScores(name, 0, "1", 9, (Score("acc", right, 0.1, "share", True),), items)
+
+    tasks = {f"task{n}": tuple(task(f"task{n}", float(model == 0)) for model in range(13)) for n in range(60)}
+    results = with_tasks(answered(*((name, [True]) for name in names)), **tasks)
+    text = render_html(made_report(made("m", 0.1, 5)), extras=Extras(results=results))
+    assert 200 <= text.count('<p class="said">') <= 400 and len(text.encode()) < 3_000_000
 
 
 def test_the_first_word_that_differs_is_marked():

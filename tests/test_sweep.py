@@ -177,3 +177,13 @@ def test_a_model_that_is_too_large_to_measure_says_so(at_home, monkeypatch):
     monkeypatch.setattr(sweeping, "physical_memory", lambda: 1 << 20)
     message = quantkit("sweep", folder, *options, "--measure", ok=False).stderr
     assert "too large to measure" in message and "quantkit compare" in message
+
+
+def test_a_sweep_reads_back_as_it_was_written(tmp_path):
+    points = [
+        Point("p", "dynamic", 3, 4.0, 0.2, {"a": ("Q4_K", "search")}, 0.1, 0.01, 9.0),
+        Point("Q4_K_M", "stock", 5, 4.5, 0.05, {}),
+    ]
+    sweep = Sweep("m", "probes", points, ["a note"], ["text"], 128, "a machine")
+    (tmp_path / "sweep.json").write_text(sweep.to_json())
+    assert Sweep.read(tmp_path / "sweep.json") == sweep

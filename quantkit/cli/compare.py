@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,52 +38,104 @@ SHOWN = 8  # of the worst tokens
 )
 @click.option("--prompt", "prompts", multiple=True, help="Also let every model go on after this text; repeat.")
 @click.option("--breakdown", is_flag=True, help="Also show where the divergence comes from, and the worst tokens.")
+@click.option("--speed", is_flag=True, help="Also run each model alone: load time, tokens/s, peak memory.")
+@click.option(
+    "--tasks",
+    help="Also ask every model these tasks (names with commas between, or default); as `quantkit eval`, which has more options.",
+)
+@click.option("--results", type=click.Path(path_type=Path), help="Show these results of `quantkit eval -o` in the report.")
+@click.option("--sweep", type=click.Path(path_type=Path), help="Draw the curve of this sweep.json in the report.")
 @click.option("--append", type=click.Path(path_type=Path), help="Add the rows to this leaderboard (a JSON file).")
 @click.option("--work", type=click.Path(path_type=Path), help="Work directory of the original (for its analysis).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
 def command(
-    reference: Path, candidates: tuple[Path, ...], text: tuple[Path, ...], runtime: str, device: str, window: int, limit: int | None,
-    output: Path | None, cache: Path | None, append: Path | None, work: Path | None, prompts: tuple[str, ...], breakdown: bool, as_json: bool,
+    reference: Path, candidates: tuple[Path, ...], text: tuple[Path, ...], prompts: tuple[str, ...], tasks: str | None,
+    results: Path | None, sweep: Path | None, output: Path | None, breakdown: bool, as_json: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Compare and print the table."""
+    import sys
     from dataclasses import asdict
 
     from quantkit.api import compare
     from quantkit.evaluation.continued import continued
+    from quantkit.planning.sweep import Sweep
     from quantkit.progress import Progress
 
-    progress = Progress.terminal()
-    texts = continued([reference, *candidates], prompts, runtime=runtime, device=device, progress=progress)
+    progress, ran = Progress.terminal(), {"runtime": values["runtime"], "device": values["device"]}
+    curve = Sweep.read(sweep) if sweep is not None else None
+    answers = _answers([reference, *candidates], tasks, results, progress=progress, **ran)
+    texts = continued([reference, *candidates], prompts, progress=progress, **ran)
     report = compare(
-        reference,
-        candidates,
-        text,
-        runtime=runtime,
-        window=window,
-        limit=limit,
-        html=output,
-        work=work,
-        device=device,
-        cache=cache,
-        append=append,
-        texts=texts,
-        progress=progress,
-    )
+        reference, candidates, text, html=output, texts=texts, results=answers, sweep=curve,
+        command=shlex.join(["quantkit", *sys.argv[1:]]), progress=progress, **values,
+    )  # fmt: skip
     stop_all()
     if as_json:
-        emit_json({**json.loads(report.to_json()), **({"continued": [asdict(text) for text in texts]} if texts else {})})
+        more = {
+            "continued": [asdict(text) for text in texts] or None,
+            "results": answers and json.loads(answers.to_json(items=False)),
+        }
+        emit_json({**json.loads(report.to_json()), **{name: value for name, value in more.items() if value is not None}})
         return
     print_report(report)
+    if values["speed"]:
+        print_footprints(report)
     if breakdown:
         for candidate in report.candidates:
             print_breakdown(candidate)
+    if answers is not None:
+        from quantkit.cli import eval as tasks_table
+
+        tasks_table.print_report(answers)
+        tasks_table.print_changes(answers)
     if texts:
         print_texts(texts)
-    if append:
-        click.echo(f"added to: {append}")
+    if values["append"]:
+        click.echo(f"added to: {values['append']}")
     if output:
         click.echo(f"written: {output}")
+
+
+def _answers(models: list[Path], tasks: str | None, results: Path | None, **options: Any) -> Any:
+    """What the models answer to tasks, asked now or read; None without either."""
+    from quantkit.errors import PlanError
+
+    if tasks is None:
+        from quantkit.evaluation.lm_eval_results import read_results
+
+        return read_results(results) if results is not None else None
+    if results is not None:
+        raise PlanError("--tasks asks the models, --results reads what they said", hint="give one of the two")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval is imported: its bars would mix with quantkit's
+    from quantkit.evaluation.lm_eval_run import Options, evaluate_models
+    from quantkit.evaluation.lm_eval_tasks import DEFAULT
+
+    names = DEFAULT if tasks == "default" else [name.strip() for name in tasks.split(",") if name.strip()]
+    return evaluate_models(models, Options(tasks=names, **options))
+
+
+def print_footprints(report: Any) -> None:
+    """What running each model takes."""
+    known = [(c.name, c.footprint) for c in report.candidates]
+    if report.reference_footprint is not None:
+        known.insert(0, (report.reference, report.reference_footprint))
+    first = known[0][1]
+    rows = [
+        [name, f"{f.load_seconds:.3g}", f"{f.prompt_speed:,.4g}", f"{f.speed:,.4g}", mebibytes(f.memory_bytes), mebibytes(f.model_bytes)]
+        for name, f in known
+    ]  # fmt: skip
+    heads = ["model", "loads in, s", "prompt, tokens/s", "then, tokens/s", "peak memory, MiB", "of it the model's, MiB"]
+    print_table(
+        f"alone, {report.runtime}: a prompt of {first.prompt_tokens} tokens, {first.new_tokens} after it, one sequence",
+        heads,
+        rows,
+    )
+
+
+def mebibytes(number: int | None) -> str:
+    """Bytes in MiB; a dash where they are unknown."""
+    return "–" if number is None else f"{number / 2**20:,.1f}"
 
 
 def print_texts(texts: list[Any]) -> None:

@@ -31,6 +31,19 @@ PATH = click.Path(path_type=Path)
 @click.option("--device", default="cpu", show_default=True, help="Where torch runs them: cpu, cuda, cuda:1.")
 @click.option("--window", type=click.IntRange(16), help="Tokens of context (default: the model's, with llama at most 2048).")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Sequences in a pass.")
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Answers to draw to each question that can be checked, for pass@k and majority@k; 1: the likeliest only.",
+)
+@click.option("--temperature", type=float, help="Of the answers that are drawn (default 0.7).")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of their random numbers, which every model gets."
+)
+@click.option("--members", is_flag=True, help="Also show what changed in each task of a group.")
+@click.option("--flips", is_flag=True, help="Also list the first questions that each model lost and gained, with the answers.")
 @click.option("-o", "--output", type=PATH, help="Write all results, with the answer to every document, as JSON.")
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--work", type=PATH, help="Work directory (default ./NAME.quantkit of each model).")
@@ -38,13 +51,13 @@ PATH = click.Path(path_type=Path)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @guarded
 def command(
-    models: tuple[Path, ...], tasks: str | None, served: tuple[str, ...], output: Path | None, force: bool, as_json: bool, **values: Any
+    models: tuple[Path, ...], tasks: str | None, served: tuple[str, ...], output: Path | None, force: bool, as_json: bool,
+    members: bool, flips: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Evaluate and print the table."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval is imported: its bars would mix with quantkit's
     from quantkit.checkpoint.files import refuse_existing, require_folder, write_text
     from quantkit.evaluation.lm_eval_run import Options, Served, evaluate_models
-    from quantkit.evaluation.paired import paired
     from quantkit.progress import Progress
 
     if output is not None:
@@ -58,14 +71,35 @@ def command(
     if output is not None:
         write_text(output, report.to_json())
     if as_json:
-        from dataclasses import asdict
-
-        emit_json({**json.loads(report.to_json(items=False)), "paired": [asdict(one) for one in paired(report)]})
+        emit_json({**json.loads(report.to_json(items=False)), **_changes(report, members, flips)})
         return
     print_report(report)
-    print_changes(paired(report))
+    print_changes(report)
+    if members:
+        print_changes(report, members=True)
+    if flips:
+        print_flips(report)
     if output is not None:
         click.echo(f"written: {output}")
+
+
+def _changes(report: Any, members: bool, flips: bool) -> dict[str, Any]:
+    """What changed, as it stands in the JSON document."""
+    from dataclasses import asdict
+
+    from quantkit.evaluation.lm_eval_flips import changed
+    from quantkit.evaluation.paired import paired, paired_perplexities
+
+    def rows(some: bool) -> list[dict[str, Any]]:
+        found: list[Any] = [*paired(report, some), *paired_perplexities(report, some)]
+        return [asdict(one) for one in found]
+
+    out = {"paired": rows(False)}
+    if members:
+        out["paired_members"] = rows(True)
+    if flips:
+        out["flips"] = [asdict(one) for one in changed(report)]
+    return out
 
 
 def print_report(report: Any) -> None:
@@ -81,6 +115,10 @@ def print_report(report: Any) -> None:
         f"{task} {found.documents:,}{f' ({found.shots}-shot)' * bool(found.shots)}" for task, found in documents.items()
     )
     print_table(f"documents: {counts}", ["task", "metric", "unit", *(model.name for model in report.models)], rows, left=3)
+    if report.samples > 1:
+        click.echo(
+            f"pass@k, majority@k: {report.samples} answers to each question at temperature {report.temperature:g}, seed {report.seed}"
+        )
     for model in report.models:
         if model.truncated:
             click.echo(
@@ -88,28 +126,59 @@ def print_report(report: Any) -> None:
             )
 
 
-def print_changes(found: list[Any]) -> None:
-    """What changed against the reference, document by document."""
-    rows = []
-    for one in found:
-        low_high = one.difference.interval
-        between = "" if low_high is None else f" ({100 * low_high.low:+.2f} to {100 * low_high.high:+.2f})"
-        rows.append([
-            one.task, one.metric, one.model, f"{one.flips.total:,}", f"{one.flips.lost:,}", f"{one.flips.gained:,}", f"{one.flips.p_value:.3g}",
-            f"{100 * one.difference.mean:+.2f}{between}",
-        ])  # fmt: skip
-    if rows:
-        heads = [
-            "task",
-            "metric",
-            "model",
-            "documents",
-            "right → wrong",
-            "wrong → right",
-            "p (McNemar)",
-            "difference, points (95 %)",
-        ]
-        print_table(f"what changed against {found[0].reference}", heads, rows, left=3)
+def print_changes(report: Any, members: bool = False) -> None:
+    """What changed against the reference, document by document, of the tasks or of the groups' tasks."""
+    from quantkit.evaluation.paired import paired, paired_perplexities
+
+    where = " in the tasks of groups" if members else ""
+    if found := paired(report, members):
+        heads = ["task", "metric", "model", "documents", "right → wrong", "wrong → right", "p (McNemar)", "p (Holm)",
+                 "difference, points (95 %)"]  # fmt: skip
+        tests = sum(one.flips is not None for one in found)
+        adjusted = f"; p (Holm) is adjusted for the {tests} tests of this table" * (tests > 1)
+        print_table(f"what changed against {found[0].reference}{where}{adjusted}", heads, [_change(one) for one in found], left=3)
+    if texts := paired_perplexities(report, members):
+        heads = ["task", "metric", "model", "over", "before", "after", "change", "95 %"]
+        title = f"perplexities against {texts[0].reference}{where}: × is after ÷ before, ± its paired standard error"
+        print_table(title, heads, [_perplexity(one) for one in texts], left=3)
+
+
+def _change(one: Any) -> list[str]:
+    ends = one.difference.interval
+    between = "" if ends is None else f" ({100 * ends.low:+.2f} to {100 * ends.high:+.2f})"
+    difference = f"{100 * one.difference.mean:+.2f}{between}"
+    if one.flips is None:  # several answers to a question: a share of them is right
+        return [one.task, one.metric, one.model, f"{one.difference.items:,}", "–", "–", "–", "–", difference]
+    return [
+        one.task, one.metric, one.model, f"{one.flips.total:,}", f"{one.flips.lost:,}", f"{one.flips.gained:,}",
+        f"{one.flips.p_value:.3g}", f"{one.p_holm:.3g}", difference,
+    ]  # fmt: skip
+
+
+def _perplexity(one: Any) -> list[str]:
+    sign, form = ("×", ".4f") if one.is_ratio else ("", "+.4f")
+    error = "" if one.error is None else f" ± {one.error:.4f}"
+    ends = "–" if one.interval is None else f"{one.interval.low:{form}} to {one.interval.high:{form}}"
+    return [
+        one.task, one.metric, one.model, f"{one.items:,} {one.over if one.items > 1 else one.over.removesuffix('s')}",
+        f"{one.before:.4f}", f"{one.after:.4f}", f"{sign}{one.change:{form}}{error}", ends,
+    ]  # fmt: skip
+
+
+def print_flips(report: Any) -> None:
+    """The first documents that each model lost and gained: the question, the right answer, and the two models'."""
+    from quantkit.evaluation.lm_eval_flips import changed
+
+    for one in changed(report):
+        for words, count, documents in (
+            ("right → wrong", one.n_lost, one.lost), ("wrong → right", one.n_gained, one.gained),
+        ):  # fmt: skip
+            if documents:
+                shown = f", the first {len(documents)}" if len(documents) < count else ""
+                click.echo(f"\n{one.task} ({one.metric}), {one.model} against {one.reference}, {words}: {count:,}{shown}")
+            for it in documents:
+                click.echo(f"  {it.task} {it.doc}" + (f": {it.question}" if it.question else ""))
+                click.echo(f"    right: {it.expected} | {one.reference}: {it.before} | {one.model}: {it.after}")
 
 
 def _cell(found: Any, name: str, reference: Any) -> str:

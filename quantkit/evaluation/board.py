@@ -7,28 +7,22 @@ stand in tables of their own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import re
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
-from quantkit.checkpoint import Checkpoint
-from quantkit.checkpoint.adapter import AdaptedCheckpoint
+from quantkit.checkpoint.documents import typed
 from quantkit.checkpoint.files import require_folder, write_text
-from quantkit.checkpoint.gguf_reader import GgufFile
 from quantkit.errors import CheckpointError, OutputError
-from quantkit.evaluation.compare import Report, open_candidate, open_original
-from quantkit.evaluation.reference import Reference
+from quantkit.evaluation.compare import Report
 from quantkit.metrics import Divergence
 from quantkit.planning.rates import machine_name
-from quantkit.quantizer.manifest import Manifest, hash_range, manifest_path
 from quantkit.versions import package_versions
 
 KIND, VERSION = "quantkit_board", 1
@@ -149,35 +143,6 @@ def read_board(path: Path) -> Board:
         raise CheckpointError(f"{path} is a damaged board ({error})", hint=hint) from None
 
 
-def typed(kind: Any, value: Any, where: str) -> Any:
-    """``value`` from JSON as ``kind``: a dataclass, tuple, list, dict, or plain type. Raises ValueError where it does not fit.
-
-    null counts as a float that is not finite; fields of a dataclass must all be there, and no others.
-    """
-    arguments = get_args(kind)
-    if is_dataclass(kind) and isinstance(kind, type):
-        names = {field.name for field in fields(kind)}
-        if not isinstance(value, dict) or value.keys() != names:
-            odd = ", ".join(sorted(names ^ value.keys())) if isinstance(value, dict) else repr(value)[:40]
-            raise ValueError(f"{where} misses or misnames: {odd}")
-        hints = get_type_hints(kind)
-        return kind(**{name: typed(hints[name], value[name], f"{where}, {name}") for name in names})
-    if isinstance(kind, UnionType):
-        return None if value is None else typed(arguments[0], value, where)
-    if kind is float:
-        if value is None:
-            return math.nan
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif get_origin(kind) in (tuple, list) and isinstance(value, list):
-        return get_origin(kind)(typed(arguments[0], entry, where) for entry in value)
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        return {str(key): typed(arguments[1], entry, where) for key, entry in value.items()}
-    elif kind is Any or (isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool)):
-        return value
-    raise ValueError(f"{where} is {value!r:.40}")
-
-
 def append(path: Path, rows: Sequence[Row]) -> Board:
     """Add rows to the board at ``path``, which is made if it is not there; returns what it holds then.
 
@@ -217,85 +182,19 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-@dataclass(frozen=True)
-class Identities:
-    """Of what was compared: the original, the windows of token ids, and (identity, SHA-256 if known) of the candidates."""
-
-    reference: str
-    text: str
-    candidates: tuple[tuple[str, str | None], ...]
-
-
-def identify(reference: Path, candidates: list[Path], texts: list[Path], window: int, limit: int | None) -> Identities:
-    """Identities for a comparison with these arguments of ``compare``. Raises what ``compare`` raises for them."""
-    opened = [open_candidate(path) for path in candidates]
-    original = open_original(reference, texts, window, limit, opened)
-    text = hashlib.sha256(original.windows.astype("<i4").tobytes()).hexdigest()
-    if original.checkpoint is not None:
-        identity = original.checkpoint.identity
-    elif isinstance(original.stored, Reference):
-        identity = original.stored.key.identity
-    else:  # a file of llama-perplexity does not say of which model it is
-        identity = f"{original.name}, {original.file_bytes} bytes"
-    return Identities(identity, text, tuple((other.identity, known_sha256(other)) for other in opened))
-
-
-def known_sha256(checkpoint: Checkpoint) -> str | None:
-    """SHA-256 of a candidate by its manifest; None if it has none that belongs to it."""
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        return None
-    folder = checkpoint.path if checkpoint.path.is_dir() else None
-    try:
-        return joint_sha256(manifests_of([folder] if folder else checkpoint.weight_files))
-    except CheckpointError:
-        return None
-
-
-def joint_sha256(manifests: Sequence[Manifest]) -> str | None:
-    """SHA-256 of the one file; of several that of the lines ``SHA256  NAME``; None of none."""
-    if len(manifests) < 2:
-        return manifests[0].file_sha256 if manifests else None
-    return hashlib.sha256("".join(f"{m.file_sha256}  {m.file}\n" for m in manifests).encode()).hexdigest()
-
-
-def manifests_of(paths: Sequence[Path]) -> list[Manifest]:
-    """Manifests of all parts of a GGUF, or of one folder; empty if one is missing.
-
-    Raises CheckpointError if a manifest is damaged, or was written for another file: sizes and the header, which holds
-    hashes of the tensors, are checked, the data are not.
-    """
-    if not all(manifest_path(path).exists() for path in paths):
-        return []
-    found = [Manifest.read(manifest_path(path)) for path in paths]
-    for path, manifest in zip(paths, found, strict=True):
-        if path.is_dir():
-            there = {name: path / name for name in manifest.files}
-            same = bool(there) and all(p.is_file() and p.stat().st_size == manifest.files[n]["bytes"] for n, p in there.items())
-            same = same and hashlib.sha256((path / "config.json").read_bytes()).hexdigest() == manifest.header_sha256
-        else:
-            file = GgufFile(path)
-            same = file.file.size == manifest.file_bytes and hash_range(file, 0, file.data_start) == manifest.header_sha256
-        if not same:
-            raise CheckpointError(
-                f"{manifest_path(path)} does not belong to {path.name}",
-                hint="delete it if the file was replaced, or see `quantkit verify`",
-            )
-    return found
-
-
-def rows_of(report: Report, identities: Identities) -> list[Row]:
-    """Rows of a comparison that was just made on this machine. Raises ValueError if the two do not belong together."""
+def rows_of(report: Report) -> list[Row]:
+    """Rows of a comparison that was just made on this machine."""
     runtime, _, device = report.runtime.partition(" on ")
     hardware = Hardware(machine_name(), _gpu(device))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     versions, commit = {**package_versions(), **report.versions}, _commit()
     return [
         Row(
-            report.reference, identities.reference, report.reference_bytes, report.architecture, tuple(report.texts), identities.text,
-            report.window, report.tokens, runtime, (device or "cpu").partition(":")[0], c.name, identity, sha256, c.file_bytes, c.bpw,
-            c.divergence, c.estimate_error, c.predicted_kld, versions, commit, hardware, date,
+            report.reference, report.reference_identity, report.reference_bytes, report.architecture, tuple(report.texts),
+            report.text_identity, report.window, report.tokens, runtime, (device or "cpu").partition(":")[0], c.name, c.identity,
+            c.sha256, c.file_bytes, c.bpw, c.divergence, c.estimate_error, c.predicted_kld, versions, commit, hardware, date,
         )
-        for c, (identity, sha256) in zip(report.candidates, identities.candidates, strict=True)
+        for c in report.candidates
     ]  # fmt: skip
 
 
@@ -331,15 +230,15 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def render(board: Board, *, like: Identities | None = None, origin: bool = False) -> list[Table]:
-    """A table for each setting; with ``like`` only those of its original and text.
+def render(board: Board, *, like: Report | None = None, origin: bool = False) -> list[Table]:
+    """A table for each setting; with ``like`` only those of that report's original and text.
 
     origin: also columns that say when, by which quantkit and on which machine a row was made.
     """
     return [
         _table(rows, origin)
         for rows in board.groups()
-        if like is None or (rows[0].reference_identity, rows[0].text_identity) == (like.reference, like.text)
+        if like is None or (rows[0].reference_identity, rows[0].text_identity) == (like.reference_identity, like.text_identity)
     ]
 
 

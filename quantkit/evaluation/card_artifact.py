@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +13,17 @@ from typing import Any
 
 from quantkit.checkpoint import Checkpoint, HfCheckpoint, open_checkpoint, require_readable
 from quantkit.checkpoint import gguf_values as gv
+from quantkit.checkpoint.documents import typed
 from quantkit.checkpoint.files import read_json
 from quantkit.checkpoint.gguf_checkpoint import split_files
 from quantkit.checkpoint.gguf_reader import GgufFile, type_name
 from quantkit.errors import CheckpointError, QuantkitError
-from quantkit.evaluation.board import joint_sha256, manifests_of, typed
+from quantkit.planning.artifact import FILE_TYPES, PLAN_NAME
+from quantkit.quantizer.hashes import joint_sha256, manifests_of
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.measured import Measured
+
+MIXES = {number: name for name, number in reversed(FILE_TYPES.items())}  # by general.file_type
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,17 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor; nbytes is None for a type that quantkit has no format for."""
+    """One tensor under its GGUF name; nbytes is None for a type that quantkit has no format for."""
 
     name: str
     format: str
-    weights: int
+    shape: tuple[int, ...]
     nbytes: int | None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -68,9 +78,33 @@ class Artifact:
     checkpoint: Checkpoint | None
 
     @property
+    def file_name(self) -> str:
+        """Of the file (the first part of a split one), or of the folder; links are not followed."""
+        return os.path.basename(os.path.abspath(self.path))
+
+    @property
     def name(self) -> str:
-        """Of the file without its end, or of the folder."""
-        return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", self.path.resolve().name)
+        """The same without the number of a part and the end of a GGUF."""
+        return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", self.file_name)
+
+    @property
+    def folder(self) -> Path:
+        """Where the file or folder lies."""
+        return Path(os.path.abspath(self.path)).parent
+
+    @property
+    def base_architecture(self) -> str:
+        """llama.cpp's name of the architecture where quantkit knows it, else as the artifact says."""
+        return self.architecture if self.checkpoint is None else self.checkpoint.family.arch
+
+    @property
+    def mix(self) -> str:
+        """The plan's name without its kind, else what the GGUF's file type says, else the format of most weights."""
+        said = self.manifests[0].plan["name"] if self.manifests else self.metadata.get(PLAN_NAME)
+        if isinstance(said, str) and said:
+            return re.sub("^(standard|uniform)-", "", said)
+        number = self.metadata.get("general.file_type")
+        return MIXES.get(number, "") if isinstance(number, int) and number in MIXES else self.shares()[0].format
 
     @property
     def model(self) -> str:
@@ -133,7 +167,7 @@ def read_artifact(path: Path) -> Artifact:
     manifests = _manifests([file.path for file in files])
     sums: list[str | None] = [*(manifest.file_sha256 for manifest in manifests)] or [None for _ in files]
     tensors = (
-        StoredTensor(name, entry.format.name if entry.format else type_name(entry.gguf_id), math.prod(entry.shape), entry.nbytes if entry.format else None)
+        StoredTensor(name, entry.format.name if entry.format else type_name(entry.gguf_id), entry.shape, entry.nbytes if entry.format else None)
         for file in files for name, entry in file.entries.items()
     )  # fmt: skip
     checkpoint = None
@@ -171,7 +205,7 @@ def _read_folder(path: Path) -> Artifact:
         raise CheckpointError(f"{path} is not quantized", hint="give a folder with a quantization_config, or a GGUF file")
     manifests = _manifests([path])
     sums = {name: entry["sha256"] for manifest in manifests for name, entry in manifest.files.items()}
-    tensors = tuple(StoredTensor(t.name, t.dtype, t.size, checkpoint.nbytes(t.name)) for t in checkpoint.tensors.values())
+    tensors = tuple(StoredTensor(t.name, t.dtype, t.shape, checkpoint.nbytes(t.name)) for t in checkpoint.tensors.values())
     files = tuple(StoredFile(f.name, f.stat().st_size, sums.get(f.name)) for f in checkpoint.weight_files)
     config = read_json(path / "config.json")
     return Artifact(

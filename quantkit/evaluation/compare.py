@@ -6,6 +6,7 @@ beginning-of-text token where the model wants one; the second half of every wind
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint, require_readable
 from quantkit.checkpoint.adapter import AdaptedCheckpoint, read_adapter
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.breakdown import Breakdown, ExactWindow, KnownWindow, Tally, judge
+from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.llama_reference import LlamaReference, is_llama_reference
 from quantkit.evaluation.reference import Reference, ReferenceKey, ReferenceWriter, is_reference, words_of
 from quantkit.evaluation.runners import Runner, RunnerPool
@@ -28,6 +30,7 @@ from quantkit.metrics import Divergence, TokenScores, summarize
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
 from quantkit.progress import Progress
+from quantkit.quantizer.hashes import known_sha256
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.versions import package_versions
 
@@ -37,7 +40,7 @@ VERSION = 1
 
 @dataclass
 class Candidate:
-    """One row of the table."""
+    """One row of the table. identity, sha256: which file it is, as in ``board.Row``."""
 
     name: str
     file_bytes: int
@@ -47,11 +50,17 @@ class Candidate:
     plan: dict[str, str] = field(default_factory=dict)
     estimate_error: float = 0.0  # of the mean divergence, from a stored original; nats per token
     breakdown: Breakdown | None = None
+    identity: str = ""
+    sha256: str | None = None
+    footprint: Footprint | None = None
 
 
 @dataclass
 class Report:
-    """Numbers of one comparison; rendered to the terminal, to JSON and to HTML."""
+    """Numbers of one comparison; rendered to the terminal, to JSON and to HTML.
+
+    text_identity: SHA-256 of the windows of token ids. reference_footprint: what running the original takes, if measured.
+    """
 
     reference: str
     reference_bytes: int
@@ -62,6 +71,9 @@ class Report:
     window: int
     candidates: list[Candidate]
     versions: dict[str, str] = field(default_factory=dict)
+    reference_identity: str = ""
+    text_identity: str = ""
+    reference_footprint: Footprint | None = None
 
     def to_json(self) -> str:
         """The document as text."""
@@ -94,6 +106,7 @@ class Original:
     """What candidates are compared with: a model that is run (checkpoint), or what was kept of one (stored)."""
 
     name: str
+    identity: str
     file_bytes: int
     architecture: str
     windows: npt.NDArray[np.int64]
@@ -113,13 +126,15 @@ def open_original(path: Path, texts: list[Path], window: int, limit: int | None,
         kept = Reference(path)
         key = kept.key
         return Original(
-            key.name, key.file_bytes, key.architecture, kept.windows, list(key.texts), kept.words, key.vocabulary, stored=kept
-        )
+            key.name, key.identity, key.file_bytes, key.architecture, kept.windows, list(key.texts), kept.words, key.vocabulary,
+            stored=kept,
+        )  # fmt: skip
     if is_llama_reference(path):
         base = LlamaReference(path)
         windows = base.windows(TextEncoder(candidates[0]).bos)
         return Original(
             path.name,
+            f"{path.name}, {path.stat().st_size} bytes",  # it does not say of which model it is
             path.stat().st_size,
             candidates[0].family.arch,
             windows,
@@ -133,6 +148,7 @@ def open_original(path: Path, texts: list[Path], window: int, limit: int | None,
     windows, counts = windows_of_texts(model, texts, min(window, context), limit)
     return Original(
         path.resolve().name,
+        model.identity,
         _bytes_of(model),
         model.family.arch,
         windows,
@@ -141,6 +157,13 @@ def open_original(path: Path, texts: list[Path], window: int, limit: int | None,
         int(model.config["vocab_size"]),
         checkpoint=model,
     )
+
+
+def identity_of(reference: Path) -> str:
+    """Identity of an original, also of one of which only its distributions were kept."""
+    if is_reference(reference):
+        return Reference(reference).key.identity
+    return reference.name if is_llama_reference(reference) else open_checkpoint(reference).identity
 
 
 def keep_original(original: Original, runners: RunnerPool, path: Path, runtime: str, task: Any) -> None:
@@ -208,6 +231,8 @@ def compare(
         window=windows.shape[1],
         candidates=rows,
         versions=package_versions("torch", "transformers", *(("llama-cpp-python",) if runtime == "llama" else ())),
+        reference_identity=original.identity,
+        text_identity=hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest(),
     )
 
 
@@ -294,6 +319,8 @@ def _candidate(path: Path, checkpoint: Checkpoint, judgement: _Judgement) -> Can
         breakdown=judgement.tally.result(TextEncoder(checkpoint).decode),
         predicted_kld=predicted,
         plan={t.name: t.dtype for t in checkpoint.tensors.values() if t.quantizable},
+        identity=checkpoint.identity,
+        sha256=known_sha256(checkpoint),
     )
 
 

@@ -29,16 +29,18 @@ def data_folder(given: str | Path | None = None) -> Path:
 
     Raises QuantkitError if there is none.
     """
-    if str(given) == SAMPLE:
-        return TASKS / SAMPLE
     chosen = given or os.environ.get(VARIABLE) or (CHECKOUT if CHECKOUT.is_dir() else None)
+    if str(chosen) == SAMPLE:
+        return TASKS / SAMPLE
     if chosen is None:
         raise QuantkitError(
             "the offline tasks have no data",
             hint=f"name its folder with --data or ${VARIABLE}; `--data {SAMPLE}` takes a few documents",
         )
     if not Path(chosen).is_dir():
-        raise QuantkitError(f"{chosen} is no folder", hint=f"--data names the folder of the tasks' data, or is {SAMPLE}")
+        raise QuantkitError(
+            f"{chosen} is no folder", hint=f"--data or ${VARIABLE} names the folder of the tasks' data, or is {SAMPLE}"
+        )
     return Path(chosen)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quantkit.checkpoint import Checkpoint, HfCheckpoint
 from quantkit.checkpoint.files import read_json
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.generate import Sampling, choose
 from quantkit.evaluation.runners import open_llama
 from quantkit.modeling.packed import packed_model
 from quantkit.modeling.products import fast_float32
@@ -182,14 +181,17 @@ class LlamaEngine:
         """See Engine; one group after the other."""
         return [self._group(group) for group in groups]
 
-    def complete(self, ids: list[int], count: int, sampling: Sampling, stopped: Callable[[list[int]], bool]) -> list[int]:
-        """At most ``count`` ids after ``ids``, with the one that ends the text, or until ``stopped`` says so of them."""
-        import torch
+    def complete(
+        self, ids: list[int], count: int, pick: Callable[[torch.Tensor], int], stopped: Callable[[list[int]], bool]
+    ) -> list[int]:
+        """At most ``count`` ids after ``ids``, with the one that ends the text, or until ``stopped`` says so of them.
 
-        chance, new = torch.Generator().manual_seed(sampling.seed), list[int]()
+        pick: the next id from logits, float32 (vocabulary,).
+        """
+        new = list[int]()
         self._feed(ids, 0)
         while len(new) < count:
-            new.append(choose(self._rows(self._llama.n_tokens - 1, 1)[0], sampling, chance))
+            new.append(pick(self._rows(self._llama.n_tokens - 1, 1)[0]))
             if new[-1] in self._ends or stopped(new):
                 break
             if len(new) < count:

@@ -7,8 +7,6 @@ report back. Documents of two models are the same if their ``hash`` is, so paire
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,8 @@ UNITS = {
     "perplexity": "per token",
 }
 
+SAMPLED = ("pass@", "majority@")  # what several answers to a question are scored by; lies between 0 and 1 too
+
 Value = float | tuple[float, float]
 
 
@@ -35,7 +35,10 @@ class Item:
     scores: by metric, as ``Score.name`` has it: 1.0 for right and 0.0 for wrong, or a pair (log-likelihood, weight) of a
     perplexity. loglikelihoods: of the choices, in nats; of a text, or of each of its windows (of equal length). greedy:
     whether each choice is what the model would have said. target: number of the right choice, or the right answer. text:
-    what was generated.
+    what was generated (the first of several answers).
+
+    question, expected, said: in a few words, what was asked, the right answer, and by metric what the model answered.
+    samples: answers that were drawn. right: by metric, how many of these are right.
     """
 
     doc: int
@@ -45,6 +48,11 @@ class Item:
     greedy: tuple[bool, ...] = ()
     target: int | str | None = None
     text: str | None = None
+    question: str = ""
+    expected: str = ""
+    said: dict[str, str] = field(default_factory=dict)
+    samples: int = 1
+    right: dict[str, int] = field(default_factory=dict)
 
     @property
     def chosen(self) -> int | None:
@@ -78,6 +86,13 @@ class TaskScores:
     items: tuple[Item, ...] = ()
     members: tuple[str, ...] = ()
 
+    @property
+    def main(self) -> Score | None:
+        """The share that stands for the task: normalized accuracy before plain accuracy before any other."""
+        shares = [score for score in self.scores if score.unit == "share"]
+        order = ("acc_norm", "acc", "exact_match")
+        return next((s for name in order for s in shares if s.name.partition(",")[0] == name), shares[0] if shares else None)
+
 
 @dataclass(frozen=True)
 class ModelScores:
@@ -99,13 +114,19 @@ class ModelScores:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """models: the first is the reference. tasks: names as asked for, groups and single tasks. limit: documents of a task."""
+    """models: the first is the reference. tasks: names as asked for, groups and single tasks. limit: documents of a task.
+
+    samples: answers that were drawn to each question that allows it, at this temperature with this seed; 1: none was drawn.
+    """
 
     tasks: tuple[str, ...]
     models: tuple[ModelScores, ...]
     limit: int | None = None
     chat: bool = False
     versions: dict[str, str] = field(default_factory=dict)
+    samples: int = 1
+    temperature: float | None = None
+    seed: int = 0
 
     def to_json(self, items: bool = True) -> str:
         """The document as text; without ``items``, metrics only."""
@@ -115,6 +136,12 @@ class EvalReport:
                 for result in model["results"].values():
                     del result["items"]
         return json.dumps(document)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric (``Score.name``) lies between 0 and 1, with the share of right answers for its mean."""
+    name = metric.partition(",")[0]
+    return name in SHARES or name.startswith(SAMPLED)
 
 
 def read_results(path: Path) -> EvalReport:
@@ -143,79 +170,3 @@ def _task(found: dict[str, Any]) -> TaskScores:
 def _item(found: dict[str, Any]) -> Item:
     scores = {name: tuple(value) if isinstance(value, list) else value for name, value in found["scores"].items()}
     return Item(**found | {"scores": scores, "loglikelihoods": tuple(found["loglikelihoods"]), "greedy": tuple(found["greedy"])})
-
-
-def task_scores(name: str, results: dict[str, Any]) -> TaskScores:
-    """One task or group out of what lm-eval's ``evaluate`` gives."""
-    found = results["results"][name]
-    items = _items(results["samples"][name]) if name in results.get("samples", {}) else ()
-    scores = []
-    for key, value in found.items():
-        metric, _, kind = key.partition(",")
-        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
-        label = metric if kind == "none" else key
-        stderr = found.get(f"{metric}_stderr,{kind}")
-        error = float(stderr) if isinstance(stderr, float | int) else _pooled_error(metric, label, float(value), items)
-        higher = bool(results["higher_is_better"].get(name, {}).get(metric, True))
-        scores.append(Score(label, float(value), error, "share" if metric in SHARES else UNITS.get(metric, ""), higher))
-    return TaskScores(
-        name, int(results["n-shot"].get(name) or 0), str(results["versions"].get(name)), int(found.get("sample_len", len(items))),
-        tuple(scores), items, tuple(results.get("group_subtasks", {}).get(name, ())),
-    )  # fmt: skip
-
-
-def _items(samples: Sequence[dict[str, Any]]) -> tuple[Item, ...]:
-    """lm-eval logs a document once for each filter; here it is one item."""
-    out: dict[int, Item] = {}
-    for sample in samples:
-        suffix = "" if sample["filter"] == "none" else f",{sample['filter']}"
-        values = {f"{metric}{suffix}": _value(metric, sample[metric]) for metric in sample["metrics"]}
-        scores = {name: value for name, value in values.items() if value is not None}
-        known = out.get(sample["doc_id"])
-        out[sample["doc_id"]] = _answer(sample, (known.scores if known else {}) | scores)
-    return tuple(out[doc] for doc in sorted(out))
-
-
-def _value(metric: str, found: Any) -> Value | None:
-    """None for what is no number of a single document, such as the pair of classes behind a correlation."""
-    if metric in UNITS and isinstance(found, tuple | list):
-        return float(found[0]), float(found[1])
-    return float(found) if isinstance(found, bool | int | float) else None
-
-
-def _answer(sample: dict[str, Any], scores: dict[str, Value]) -> Item:
-    target = sample["target"] if isinstance(sample["target"], int) else str(sample["target"])
-    first = sample["resps"][0][0]
-    named = {"doc": sample["doc_id"], "hash": sample["doc_hash"][:16], "scores": scores}
-    if isinstance(first, str):
-        return Item(**named, target=target, text=first)
-    if isinstance(first, list):  # windows of a text
-        return Item(**named, loglikelihoods=tuple(score for score, _ in first))
-    if isinstance(first, float):  # a whole text
-        return Item(**named, loglikelihoods=(first,))
-    given = [responses[0] for responses in sample["resps"]]
-    return Item(
-        **named,
-        loglikelihoods=tuple(score for score, _ in given),
-        greedy=tuple(bool(greedy) for _, greedy in given),
-        target=target,
-    )
-
-
-def _pooled_error(metric: str, label: str, value: float, items: Sequence[Item]) -> float | None:
-    """Standard error of a perplexity over texts (lm-eval gives none), or over the windows of a single text.
-
-    r = Σ log-likelihood / Σ weight is a ratio of sums; its variance is n / (n − 1) · Σ (l − r·w)² / (Σ w)², and that of
-    exp(−r) follows by its slope (the delta method; Cochran, Sampling Techniques, chapter 6).
-    """
-    pairs = [pair for item in items if isinstance(pair := item.scores.get(label), tuple)]
-    if len(pairs) == 1 and len(windows := items[0].loglikelihoods) > 1:
-        pairs = [(score, pairs[0][1] / len(windows)) for score in windows]
-    if len(pairs) < 2:
-        return None
-    total = sum(weight for _, weight in pairs)
-    ratio = sum(score for score, _ in pairs) / total
-    spread = sum((score - ratio * weight) ** 2 for score, weight in pairs)
-    error = math.sqrt(spread * len(pairs) / (len(pairs) - 1)) / total
-    return error / math.log(2) if metric == "bits_per_byte" else value * error

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,9 @@ from quantkit.analysis.run import work_directory
 from quantkit.checkpoint.adapter import AdaptedCheckpoint
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.compare import open_candidate
-from quantkit.evaluation.lm_eval_results import EvalReport, ModelScores, TaskScores, task_scores
+from quantkit.evaluation.lm_eval_results import EvalReport, ModelScores, TaskScores
+from quantkit.evaluation.lm_eval_samples import TEMPERATURE, Draws, ask_often
+from quantkit.evaluation.lm_eval_scores import all_scores
 from quantkit.evaluation.lm_eval_tasks import DEFAULT, SEED, load_tasks, quietly
 from quantkit.kernels.devices import require_device
 from quantkit.progress import Progress
@@ -54,6 +57,9 @@ class Options:
     """tasks: names. shots: examples before a question. limit: documents of each task, windows of a text. chat: questions in
     the models' chat templates. data: folder of the offline tasks. work: the work directory. fresh: ask everything again.
 
+    samples: answers to each question, drawn at this temperature (0.7 by default) with this seed where they can be checked; 1: the
+    likeliest answer only.
+
     runtime, device, window, batch: see ``QuantkitLM``; of a served model, batch requests are sent at a time.
     """
 
@@ -68,18 +74,39 @@ class Options:
     device: str = "cpu"
     window: int | None = None
     batch: int = 16
+    samples: int = 1
+    temperature: float | None = None
+    seed: int = 0
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def draws(self) -> Draws | None:
+        """How answers are drawn; None for the likeliest. Raises QuantkitError if that cannot be."""
+        temperature = TEMPERATURE if self.temperature is None else self.temperature
+        if self.samples < 1 or not 0 < temperature < math.inf or self.seed < 0:
+            raise QuantkitError(
+                f"cannot draw {self.samples} answers at temperature {temperature:g} with seed {self.seed}",
+                hint="--samples is at least 1, --temperature above 0, --seed at least 0",
+            )
+        if self.samples > 1:
+            return Draws(self.samples, temperature, self.seed)
+        if self.temperature is not None:
+            raise QuantkitError("one answer to a question is the likeliest, at no temperature", hint="add --samples 8, or so")
+        return None
 
 
 def evaluate_models(models: Sequence[Path], options: Options, served: Sequence[Served] = ()) -> EvalReport:
     """Ask all models, the first being the reference; served ones get its tokens.
 
-    Raises MissingDependencyError without lm-eval, QuantkitError for unknown tasks, for models that cannot be opened and
-    for endpoints that do not answer.
+    Raises MissingDependencyError without lm-eval, QuantkitError for unknown tasks, for models that cannot be opened, for
+    endpoints that do not answer, and for answers that cannot be drawn.
     """
     if not models:
         raise QuantkitError("no model", hint="name at least one; served models take its tokenizer")
+    draws = _drawable(options, served)
     loaded = load_tasks(options.tasks, options.data, options.shots, options.limit)
+    if draws is not None:
+        ask_often(loaded["tasks"], draws)
     require_device(options.device)
     for path in models:
         open_candidate(path)  # a mistake in the last one should not cost the time of the others
@@ -98,7 +125,17 @@ def evaluate_models(models: Sequence[Path], options: Options, served: Sequence[S
     return EvalReport(
         tuple(dict.fromkeys(loaded["asked"])), tuple(found), options.limit, options.chat,
         package_versions("lm-eval", "torch", "transformers", *(("llama-cpp-python",) if options.runtime == "llama" else ())),
+        options.samples, None if draws is None else draws.temperature, options.seed,
     )  # fmt: skip
+
+
+def _drawable(options: Options, served: Sequence[Served]) -> Draws | None:
+    draws = options.draws
+    if draws is not None and served:
+        raise QuantkitError(
+            "lm-eval's client sends every request to a served model with the same seed", hint="leave out --served, or --samples"
+        )
+    return draws
 
 
 @contextlib.contextmanager
@@ -184,7 +221,7 @@ def _ask(lm: Any, loaded: dict[str, Any], options: Options, cache: Path) -> dict
         )  # fmt: skip
     finally:
         cached.dbdict.close()
-    return {name: task_scores(name, results) for name in results["results"]}
+    return all_scores(results, loaded["tasks"], options.draws)
 
 
 def _cache(path: Path, facts: list[Any], options: Options) -> Path:

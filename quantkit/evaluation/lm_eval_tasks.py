@@ -22,7 +22,9 @@ SEED = 1234  # lm-eval's own for choosing examples
 def require_lm_eval() -> None:
     """Raise MissingDependencyError unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingDependencyError("this needs lm-eval", hint='in the checkout: pip install -e ".[eval]"')
+        raise MissingDependencyError(
+            "this needs lm-eval", hint='pip install "quantkit-llm[eval]", in the checkout: pip install -e ".[eval]"'
+        )
 
 
 @contextlib.contextmanager
@@ -91,6 +93,12 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         return manager.load([name])
     except QuantkitError:
         raise
+    except ModuleNotFoundError as error:
+        line = " ".join(str(error).split())[:200]
+        raise MissingDependencyError(
+            f"task {name} needs {error.name or 'another package'} ({line})",
+            hint='pip install it; lm-eval has extras for most, such as "lm-eval[math]"',
+        ) from None
     except Exception as error:  # whatever the Hub, a data set's reader or a task's own code raises
         line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise QuantkitError(

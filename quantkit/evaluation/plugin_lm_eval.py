@@ -6,7 +6,7 @@ descends; scoring differs: a context that several continuations share is read on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from quantkit.checkpoint import Checkpoint, HfCheckpoint
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.evaluation.compare import open_candidate
-from quantkit.evaluation.generate import Sampling
+from quantkit.evaluation.lm_eval_draws import Draw, Drawer, is_random, numbered
 from quantkit.evaluation.lm_eval_engines import LLAMA_WINDOW, LlamaEngine, TorchEngine, generation_facts
 from quantkit.evaluation.lm_eval_rows import Row, batches, row_of
 from quantkit.evaluation.lm_eval_tasks import quietly
@@ -116,17 +116,34 @@ class QuantkitLM(HFLM):
         return [self._windows(*request.args) for request in requests]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text after each context until a stop sequence. Raises CalibrationError if it can fill the whole window."""
-        for request in requests:
-            context, given = request.args
-            count = normalize_gen_kwargs(given, self.max_gen_toks)["max_gen_toks"]
-            if count >= self.max_length:
-                raise CalibrationError(
-                    f"the task generates up to {count} tokens, the window has {self.max_length}",
-                    hint="raise --window, or leave the task out",
-                )
-            self.truncated += len(self.tok_encode(context)) > self.max_length - count
-        return super().generate_until(requests, disable_tqdm or self._progress.bar is None)
+        """Text after each context until a stop sequence. Of equal requests for random texts each gets one of its own, the
+        same in every run: those that an earlier run kept are not drawn again.
+
+        Raises CalibrationError if a text can fill the whole window, QuantkitError for a way of drawing that is not built.
+        """
+        known: Any = self.cache_hook.dbdict if self.cache_hook.dbdict is not None else {}
+        asked, out, todo = numbered([request.args for request in requests]), dict[int, str](), list[int]()
+        for place, (context, given) in enumerate(asked):
+            self._require_room(context, given)
+            key = hash_args("generate_until", (context, given)) if is_random(given) else None
+            if key is not None and key in known:  # the others were looked up by lm-eval
+                out[place] = known[key]
+            else:
+                todo.append(place)
+        missing = [Instance("generate_until", {}, asked[place], 0) for place in todo]
+        said = super().generate_until(missing, disable_tqdm or self._progress.bar is None) if missing else []
+        out |= zip(todo, said, strict=True)
+        return [out[place] for place in range(len(asked))]
+
+    def _require_room(self, context: str, given: dict[str, Any]) -> None:
+        """Raise CalibrationError unless the longest text leaves room for a context; count contexts that are cut."""
+        count = normalize_gen_kwargs(given, self.max_gen_toks)["max_gen_toks"]
+        if count >= self.max_length:
+            raise CalibrationError(
+                f"the task generates up to {count} tokens, the window has {self.max_length}",
+                hint="raise --window, or leave the task out",
+            )
+        self.truncated += len(self.tok_encode(context)) > self.max_length - count
 
     def _windows(self, text: str, given: dict[str, Any]) -> list[tuple[float, int]]:
         window = int(given["window"])
@@ -171,15 +188,20 @@ class QuantkitLM(HFLM):
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
         """Contexts, padded on the left, with what follows: int64 (rows, longest)."""
+        mask = options.pop("attention_mask")
+        given = [ids[real].tolist() for ids, real in zip(context, mask.bool(), strict=True)]
+        draw = Draw.of(options) if is_random(options) else None
         if isinstance(self.engine, TorchEngine):
             self.engine.model.generation_config.max_new_tokens = self.new_tokens
+            options |= {"do_sample": False, "temperature": 0.0}
+            if draw is not None:
+                options = {"do_sample": False, "temperature": 0.0, "logits_processor": [Drawer(draw, [*map(draw.stream, given)])]}
             with fast_float32():
-                return super()._model_generate(context, max_length, stop, **options)
-        count, sampling, rows = self.new_tokens or max_length - context.shape[1], _sampling(options), []
-        for ids, real in zip(context, options["attention_mask"].bool(), strict=True):
-            given = ids[real].tolist()
+                return super()._model_generate(context, max_length, stop, attention_mask=mask, **options)
+        count, rows = self.new_tokens or max_length - context.shape[1], []
+        for ids, real in zip(context, given, strict=True):
             new = self.engine.complete(
-                given, min(count, self.max_length - len(given)), sampling, lambda ids: self._stops(ids, stop)
+                real, min(count, self.max_length - len(real)), _pick(draw, real), lambda ids: self._stops(ids, stop)
             )
             rows.append(torch.cat([ids, torch.tensor(new, dtype=ids.dtype)]))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
@@ -213,11 +235,12 @@ def _scores(tied: tuple[Row, ...], logits: Any) -> Iterator[tuple[float, bool]]:
         yield float(logp.gather(-1, targets[:, None]).sum()), bool((best == targets).all())
 
 
-def _sampling(options: dict[str, Any]) -> Sampling:
-    """Arguments of transformers' generate that llama.cpp's side knows too."""
-    if not options.get("do_sample"):
-        return Sampling()
-    return Sampling(float(options.get("temperature", 1.0)), int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
+def _pick(draw: Draw | None, prompt: list[int]) -> Callable[[torch.Tensor], int]:
+    """The next id from logits (vocabulary,): the likeliest, or drawn as in torch."""
+    if draw is None:
+        return lambda logits: int(logits.argmax())
+    drawer = Drawer(draw, [draw.stream(prompt)])
+    return lambda logits: int(drawer(None, logits[None]).argmax())
 
 
 def _tokenizer(checkpoint: Checkpoint, add_bos_token: bool | None) -> Any:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from quantkit.analysis.coverage import COLUMNS, coverage_rows
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint.files import write_text
+from quantkit.errors import PlanError
 from quantkit.evaluation import report_charts as charts
 from quantkit.evaluation import report_sections as sections
 from quantkit.evaluation import report_tasks as tasks
-from quantkit.evaluation.compare import Report
+from quantkit.evaluation.compare import Report, identity_of
 from quantkit.evaluation.report_plan import cost_map, plan_maps, plan_reasons
-from quantkit.evaluation.report_sections import Sample
+from quantkit.evaluation.report_sections import Sample, samples_of
 
 if TYPE_CHECKING:
     from quantkit.evaluation.board import Table
@@ -44,6 +45,16 @@ class Extras:
     board: Sequence[Table] = ()
     hardware: str = ""
     command: str = ""
+
+
+def require_same_original(reference: Path, results: EvalReport | None, sweep: Sweep | None) -> None:
+    """Raise PlanError for results or a sweep of another model, which a report must not show beside this one."""
+    name = reference.resolve().name
+    if results is not None and (not results.models or results.models[0].identity != identity_of(reference)):
+        asked = results.models[0].name if results.models else "no model"
+        raise PlanError(f"the results are of {asked}, not of {name}", hint="run `quantkit eval` with this original first")
+    if sweep is not None and sweep.model != name:
+        raise PlanError(f"the sweep is one of {sweep.model}, not of {name}", hint="run `quantkit sweep` on this original")
 
 
 def write_html(report: Report, path: Path, sensitivity: Sensitivity | None = None, extras: Extras | None = None) -> None:
@@ -91,6 +102,8 @@ def _context(report: Report, extras: Extras) -> dict[str, Any]:
         "columns": sections.HEADLINE,
         "rows": [(c.name, sections.headline(c)) for c in report.candidates],
         "estimate": worst,
+        "footprint_columns": sections.FOOTPRINT,
+        "footprints": sections.footprint_rows(report),
         "size": charts.size_figure(report, extras.sweep) if report.candidates else None,
         "predicted": charts.predicted_figure(report),
         "breakdown": sections.breakdown_tables(report),
@@ -122,4 +135,4 @@ def _analysis(sensitivity: Sensitivity | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["Extras", "Sample", "plan_reasons", "render_html", "write_html"]
+__all__ = ["Extras", "Sample", "plan_reasons", "render_html", "require_same_original", "samples_of", "write_html"]

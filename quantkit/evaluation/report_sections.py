@@ -9,6 +9,7 @@ from typing import Any
 
 from quantkit.evaluation.breakdown import Group, WorstToken
 from quantkit.evaluation.compare import Candidate, Report
+from quantkit.evaluation.continued import Continued
 
 AXES = (
     ("text", "By text", "text"),
@@ -36,6 +37,14 @@ class Value:
     shown: str
     exact: str
     error: str = ""
+
+
+def samples_of(texts: Sequence[Continued]) -> list[Sample]:
+    """What models said after prompts, by prompt."""
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        found.setdefault(text.prompt, {})[text.model] = text.text
+    return [Sample(prompt, by_model) for prompt, by_model in found.items()]
 
 
 def visible(words: str) -> str:
@@ -75,6 +84,24 @@ def headline(candidate: Candidate) -> list[Value]:
         _value(d.top1_agreement, ".2f", d.top1_error, 100, " %"),
         _value(candidate.predicted_kld, ".5f"),
     ]
+
+
+FOOTPRINT = (
+    ("load_seconds", "loads in, s"), ("prompt_speed", "prompt, tokens/s"), ("speed", "then, tokens/s"),
+    ("memory_bytes", "peak memory, MiB"), ("model_bytes", "of it the model's, MiB"),
+)  # fmt: skip
+
+
+def footprint_rows(report: Report) -> list[tuple[str, list[Value]]]:
+    """What running each model takes, in the order of FOOTPRINT, the original first; empty if it was not measured."""
+    known = [(report.reference, report.reference_footprint), *((c.name, c.footprint) for c in report.candidates)]
+    return [
+        (name, [
+            _value(f.load_seconds, ".3g"), _value(f.prompt_speed, ",.4g"), _value(f.speed, ",.4g"),
+            _value(f.memory_bytes, ",.1f", scale=2**-20), _value(f.model_bytes, ",.1f", scale=2**-20),
+        ])
+        for name, f in known if f is not None
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

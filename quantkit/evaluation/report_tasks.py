@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from quantkit.evaluation.paired import Paired, paired
+from quantkit.evaluation.lm_eval_flips import FEW, Changed, changed
+from quantkit.evaluation.paired import Paired, PairedPerplexity, paired, paired_perplexities
 from quantkit.evaluation.report_charts import HALF, Figure, short_names, size_unit
 from quantkit.evaluation.report_svg import Axis, Box, chart, error_bar, frame, mark, place_labels
 
 if TYPE_CHECKING:
-    from quantkit.evaluation.lm_eval_results import EvalReport, Score, TaskScores
+    from quantkit.evaluation.lm_eval_results import EvalReport, Score
+
+LISTED = 400  # answers that a report lists at most: about 900 bytes each, and never above 3,500, whatever they hold
 
 
 @dataclass(frozen=True)
 class TaskCell:
-    """A model's score (None if it was not asked) and what changed against the first model, if answers are right or wrong."""
+    """A model's score (None if it was not asked) and what changed against the first model: answers, or a perplexity.
+
+    listed: documents whose answers flipped, the first few; of a task's main metric only.
+    """
 
     score: Score | None
     change: Paired | None = None
+    perplexity: PairedPerplexity | None = None
+    listed: Changed | None = None
 
     @property
     def shown(self) -> str:
@@ -35,15 +43,31 @@ class TaskCell:
 
     @property
     def moved(self) -> str:
-        """The difference in points with its bootstrap interval."""
+        """The difference in points with its bootstrap interval, or the ratio of the perplexities with its own."""
+        if self.perplexity is not None:
+            return _ratio(self.perplexity)
         if self.change is None:
             return ""
-        if not self.change.flips.lost + self.change.flips.gained:
+        if self.change.flips is not None and not self.change.flips.lost + self.change.flips.gained:
             return "no answer changed"
         difference = self.change.difference
         ends = difference.interval
         between = "" if ends is None else f" ({100 * ends.low:+.2f} to {100 * ends.high:+.2f})"
         return f"{100 * difference.mean:+.2f}{between}".replace("-", "−")
+
+    @property
+    def flipped(self) -> str:
+        """How many answers flipped each way, with McNemar's p and that adjusted for all tests of the table."""
+        found = None if self.change is None else self.change.flips
+        if self.change is None or found is None or not found.lost + found.gained:
+            return ""
+        return f"{found.lost} lost, {found.gained} gained, p {found.p_value:.3g} (Holm {self.change.p_holm:.3g})"
+
+
+def _ratio(found: PairedPerplexity) -> str:
+    sign, form = ("×", ".4f") if found.is_ratio else ("", "+.4f")
+    between = "" if found.interval is None else f" ({found.interval.low:{form}} to {found.interval.high:{form}})"
+    return f"{sign}{found.change:{form}}{between}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -58,12 +82,14 @@ class TaskRow:
 
 
 def task_rows(results: EvalReport, members: bool = False) -> list[TaskRow]:
-    """A row for each metric of the tasks and groups that were asked for, or of the groups' members (without changes)."""
+    """A row for each metric of the tasks and groups that were asked for, or of the groups' members."""
     if not results.models:
         return []
     first = results.models[0].results
     names = [n for n in first if n not in results.tasks] if members else [n for n in results.tasks if n in first]
-    changes = {} if members else {(p.task, p.metric, p.model): p for p in paired(results)}
+    changes = {(p.task, p.metric, p.model): p for p in paired(results, members)}
+    perplexities = {(p.task, p.metric, p.model): p for p in paired_perplexities(results, members)}
+    listed = {} if members else {(c.task, c.metric, c.model): c for c in changed_answers(results)}
     out = []
     for name in names:
         for score in first[name].scores:
@@ -71,16 +97,17 @@ def task_rows(results: EvalReport, members: bool = False) -> list[TaskRow]:
             for model in results.models:
                 found = model.results.get(name)
                 own = next((s for s in found.scores if s.name == score.name), None) if found is not None else None
-                cells.append(TaskCell(own, changes.get((name, score.name, model.name))))
+                key = (name, score.name, model.name)
+                cells.append(TaskCell(own, changes.get(key), perplexities.get(key), listed.get(key)))
             out.append(TaskRow(name, score.name, score.unit, first[name].documents, cells))
     return out
 
 
-def main_score(task: TaskScores) -> Score | None:
-    """The share that stands for a task: normalized accuracy before plain accuracy before any other."""
-    shares = [score for score in task.scores if score.unit == "share"]
-    order = ("acc_norm", "acc", "exact_match")
-    return next((s for name in order for s in shares if s.name.partition(",")[0] == name), shares[0] if shares else None)
+def changed_answers(results: EvalReport) -> list[Changed]:
+    """What flipped, of every candidate and task with a flip, listed while there is room: of many, fewer each."""
+    found = [one for one in changed(results) if one.n_lost + one.n_gained]
+    few = max(1, min(FEW, LISTED // (2 * len(found)))) if found else 0
+    return [replace(one, lost=one.lost[:few], gained=one.gained[:few]) for one in found[: LISTED // 2]]
 
 
 def accuracy_figure(results: EvalReport) -> Figure | None:
@@ -88,7 +115,7 @@ def accuracy_figure(results: EvalReport) -> Figure | None:
     found = []
     for model in results.models:
         asked = [model.results[name] for name in results.tasks if name in model.results]
-        scores = [score for task in asked if (score := main_score(task)) is not None]
+        scores = [score for task in asked if (score := task.main) is not None]
         if scores and model.file_bytes:
             mean = sum(s.value for s in scores) / len(scores)
             error = sum((s.stderr or 0) ** 2 for s in scores) ** 0.5 / len(scores)

@@ -73,22 +73,25 @@ def open_llama(checkpoint: Checkpoint, window: int, **options: Any) -> Iterator[
 
     Raises MissingDependencyError, and CheckpointError if llama.cpp cannot load it.
     """
-    llama_cpp = _llama_cpp()
     adapter = checkpoint.adapter.path if isinstance(checkpoint, AdaptedCheckpoint) else None
     source = checkpoint.source if isinstance(checkpoint, AdaptedCheckpoint) else checkpoint
-    with _gguf_of(source) as path:
-        try:
-            model = llama_cpp.Llama(
-                str(path), n_ctx=window, n_batch=window, verbose=False, type_k=0, type_v=0, flash_attn=False,
-                lora_path=None if adapter is None else str(adapter), **options,
-            )  # fmt: skip
-        except ValueError as error:
-            raise CheckpointError(f"llama.cpp cannot load {checkpoint.path.name} ({error})", hint="try --runtime torch") from None
-        with contextlib.closing(model):
-            yield model
+    exact = {"type_k": 0, "type_v": 0, "flash_attn": False, **options}
+    with gguf_of(source) as path, contextlib.closing(load_llama(path, source.path.name, adapter, window, **exact)) as model:
+        yield model
 
 
-def _llama_cpp() -> Any:
+def load_llama(path: Path, name: str, adapter: Path | None, window: int, **options: Any) -> Any:
+    """llama-cpp-python's model for up to ``window`` tokens, to be closed. name: for errors. Raises as ``open_llama``."""
+    try:
+        return llama_package().Llama(
+            str(path), n_ctx=window, n_batch=window, verbose=False, lora_path=None if adapter is None else str(adapter), **options
+        )
+    except ValueError as error:
+        raise CheckpointError(f"llama.cpp cannot load {name} ({error})", hint="try --runtime torch") from None
+
+
+def llama_package() -> Any:
+    """llama-cpp-python. Raises MissingDependencyError without it."""
     try:
         import llama_cpp
     except ImportError:
@@ -99,7 +102,7 @@ def _llama_cpp() -> Any:
 
 
 @contextlib.contextmanager
-def _gguf_of(checkpoint: Checkpoint) -> Iterator[Path]:
+def gguf_of(checkpoint: Checkpoint) -> Iterator[Path]:
     """A GGUF that llama.cpp runs without rounding activations to BF16: the file itself, or an F32 copy."""
     plain = all(info.dtype in checkpoint.plain_types for info in checkpoint.tensors.values())
     if not plain and not isinstance(checkpoint, GgufCheckpoint):

@@ -17,6 +17,8 @@ from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.analysis.texts import WINDOW, load_calibration, read_text, token_windows
 from quantkit.analysis.windows import PROBE_TOKENS, spread, with_logits
 from quantkit.checkpoint import Checkpoint
+from quantkit.checkpoint.documents import typed
+from quantkit.checkpoint.files import read_json
 from quantkit.checkpoint.transformed import TransformedCheckpoint
 from quantkit.encoders.stats import ActivationStats, TensorStats
 from quantkit.errors import PlanError
@@ -31,7 +33,7 @@ from quantkit.planning.speed import Clock, Rates
 from quantkit.planning.standard import BASE, standard_plan
 from quantkit.progress import Progress
 
-VERSION = 1
+KIND, VERSION = "quantkit_sweep", 1
 STEPS = 13
 LEAST_KLD = 1e-9  # nats per token; smaller divergences are drawn and compared as this
 
@@ -102,7 +104,20 @@ class Sweep:
     def to_json(self) -> str:
         """The document as text."""
         comparisons = [asdict(c) for c in self.comparisons()]
-        return json.dumps({"quantkit_sweep": VERSION, **asdict(self), "comparisons": comparisons}, indent=1)
+        return json.dumps({KIND: VERSION, **asdict(self), "comparisons": comparisons}, indent=1)
+
+    @staticmethod
+    def read(path: Path) -> Sweep:
+        """Read sweep.json. Raises CheckpointError if it cannot be read, PlanError if it is something else or damaged."""
+        document = read_json(path)
+        if document.pop(KIND, None) != VERSION:
+            raise PlanError(f"{path} is no sweep of this version", hint="make it with `quantkit sweep MODEL --json FILE`")
+        document.pop("comparisons", None)
+        try:
+            found: Sweep = typed(Sweep, document, "the sweep")
+        except ValueError as error:
+            raise PlanError(f"{path} is damaged ({error})", hint="make it again with `quantkit sweep`") from None
+        return found
 
 
 def make_sweep(

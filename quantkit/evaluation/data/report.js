@@ -43,5 +43,10 @@ for (const map of document.querySelectorAll(".map")) {
   map.addEventListener("focusin", (event) => {
     if (!event.target.matches("td[tabindex]")) return;
     for (const cell of cells) cell.tabIndex = cell === event.target ? 0 : -1;
+    const tip = event.target.querySelector(".tip");
+    tip.classList.remove("docked");
+    const both = tip.getBoundingClientRect().bottom - event.target.getBoundingClientRect().top;
+    tip.classList.toggle("docked", both >= innerHeight); // below a map taller than the window it would not be seen
+    if (both < innerHeight) tip.scrollIntoView({ block: "nearest" });
   });
 }
