@@ -2,8 +2,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-formats bench-kernels bench-low-bits bench-quality \
-	bench-quantize bench-heal bench-rl bench-rl-memory bench-super-weights bench-twins clean
+.PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-evaluation bench-formats bench-kernels bench-low-bits \
+	bench-quality bench-quantize bench-heal bench-rl bench-rl-memory bench-super-weights bench-twins clean
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -40,6 +40,9 @@ bench-allocation: setup-dev  ## dynamic plans against llama-quantize at equal by
 bench-cost: setup-dev  ## time of a dynamic file against llama-imatrix and llama-quantize, half an hour
 	$(PY) benchmarks/cost.py $(ARGS)
 	$(PY) tools/write_results.py
+
+bench-evaluation: setup-dev  ## what judging is off by and costs, against llama-perplexity and lm-eval (needs ../shared; ARGS="--only kept")
+	$(PY) benchmarks/evaluation.py $(ARGS); missed=$$?; $(PY) tools/write_results.py && exit $$missed
 
 bench-formats: setup-dev  ## every format against ggml's C: encode, decode, compile
 	$(PY) benchmarks/formats.py

@@ -24,7 +24,7 @@ from quantkit.errors import CalibrationError, CheckpointError, OutputError, Plan
 from quantkit.evaluation.compare import Report
 from quantkit.evaluation.continued import Continued
 from quantkit.evaluation.generate import Generation
-from quantkit.evaluation.lm_eval_results import EvalReport
+from quantkit.evaluation.lm_eval.results import EvalReport
 from quantkit.kernels.devices import require_device
 from quantkit.planning.budget import Request, parse_size
 from quantkit.planning.memory import Run
@@ -292,7 +292,7 @@ def compare(
     from quantkit.evaluation.footprint import footprints
     from quantkit.evaluation.llama_reference import is_llama_reference
     from quantkit.evaluation.reference import is_reference
-    from quantkit.evaluation.report import Extras, plan_reasons, require_same_original, samples_of, write_html
+    from quantkit.evaluation.report.page import Extras, plan_reasons, require_same_original, samples_of, write_html
     from quantkit.evaluation.texts import default_texts
     from quantkit.planning.rates import machine_name
 

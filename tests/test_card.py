@@ -17,10 +17,10 @@ from quantkit.checkpoint.gguf_reader import GgufFile
 from quantkit.checkpoint.gguf_writer import TensorSpec, write_gguf
 from quantkit.errors import CheckpointError, OutputError, PlanError, QuantkitError
 from quantkit.evaluation.board import append, markdown, rows_of
-from quantkit.evaluation.card import Card, CardOptions, make_card, write_card
-from quantkit.evaluation.card_artifact import read_artifact
-from quantkit.evaluation.card_collection import default_target, read_collection
-from quantkit.evaluation.card_hub import base_models, hub_name
+from quantkit.evaluation.card.artifact import read_artifact
+from quantkit.evaluation.card.card import Card, CardOptions, make_card, write_card
+from quantkit.evaluation.card.collection import default_target, read_collection
+from quantkit.evaluation.card.hub import base_models, hub_name
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.quantizer.pipeline import run

@@ -21,8 +21,8 @@ from quantkit.checkpoint.adapter import write_adapter
 from quantkit.encoders.stats import ActivationStats, TensorStats
 from quantkit.errors import OutputError, PlanError
 from quantkit.evaluation.board import Board, Hardware, Row, best_for_size
-from quantkit.evaluation.card import CardOptions, write_card
-from quantkit.evaluation.card_collection import read_collection
+from quantkit.evaluation.card.card import CardOptions, write_card
+from quantkit.evaluation.card.collection import read_collection
 from quantkit.metrics import Divergence
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.manifest import Manifest, manifest_path

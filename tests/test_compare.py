@@ -18,7 +18,7 @@ from quantkit.checkpoint.gguf_writer import write_gguf
 from quantkit.cli import main
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.compare import compare
-from quantkit.evaluation.report import render_html
+from quantkit.evaluation.report.page import render_html
 from quantkit.evaluation.texts import default_texts
 from quantkit.planning.artifact import output_metadata, tensor_specs
 from quantkit.planning.standard import uniform_plan

@@ -25,20 +25,21 @@ from lm_eval.tasks import TaskManager
 from quantkit.checkpoint import open_checkpoint
 from quantkit.cli.eval import command
 from quantkit.errors import CalibrationError, CheckpointError, MissingDependencyError, QuantkitError
-from quantkit.evaluation import lm_eval_run, lm_eval_tasks
 from quantkit.evaluation.generate import Sampling
-from quantkit.evaluation.lm_eval_cli import register
-from quantkit.evaluation.lm_eval_data import TASKS, arc, data_folder, gsm8k, piqa, wikitext, wikitext_stream
-from quantkit.evaluation.lm_eval_draws import NUMBER, Draw, Drawer, cut, numbered
-from quantkit.evaluation.lm_eval_engines import Group, TorchEngine
-from quantkit.evaluation.lm_eval_flips import changed
-from quantkit.evaluation.lm_eval_results import Item, TaskScores, read_results
-from quantkit.evaluation.lm_eval_rows import LOGITS, batches, row_of
-from quantkit.evaluation.lm_eval_run import Options, Served, evaluate_models
-from quantkit.evaluation.lm_eval_samples import TEMPERATURE, Draws, ask_often, judge, verdict_of, with_groups
-from quantkit.evaluation.lm_eval_tasks import load_tasks
-from quantkit.evaluation.lm_eval_words import excerpt, words_of
-from quantkit.evaluation.plugin_lm_eval import QuantkitLM
+from quantkit.evaluation.lm_eval import run as lm_eval_run
+from quantkit.evaluation.lm_eval import tasks as lm_eval_tasks
+from quantkit.evaluation.lm_eval.__main__ import register
+from quantkit.evaluation.lm_eval.documents import TASKS, arc, data_folder, gsm8k, piqa, wikitext, wikitext_stream
+from quantkit.evaluation.lm_eval.draws import NUMBER, Draw, Drawer, cut, numbered
+from quantkit.evaluation.lm_eval.engines import Group, TorchEngine
+from quantkit.evaluation.lm_eval.flips import changed
+from quantkit.evaluation.lm_eval.plugin_model import QuantkitLM
+from quantkit.evaluation.lm_eval.results import Item, TaskScores, read_results
+from quantkit.evaluation.lm_eval.rows import LOGITS, batches, row_of
+from quantkit.evaluation.lm_eval.run import Options, Served, evaluate_models
+from quantkit.evaluation.lm_eval.samples import TEMPERATURE, Draws, ask_often, judge, verdict_of, with_groups
+from quantkit.evaluation.lm_eval.tasks import load_tasks
+from quantkit.evaluation.lm_eval.words import excerpt, words_of
 
 QUESTION = "Question: Which of these is a mineral that people and other animals often eat?\nAnswer:"
 OTHER = "Question: Who goes to the park in the morning, and with whom?\nAnswer:"
@@ -279,7 +280,7 @@ def test_articles_are_cut_at_their_titles(tmp_path):
 
 def test_missing_and_damaged_data_are_named(tmp_path, monkeypatch):
     monkeypatch.delenv("QUANTKIT_DATA", raising=False)
-    monkeypatch.setattr("quantkit.evaluation.lm_eval_data.CHECKOUT", tmp_path / "none")
+    monkeypatch.setattr("quantkit.evaluation.lm_eval.documents.CHECKOUT", tmp_path / "none")
     with pytest.raises(QuantkitError, match=r"no data; name its folder with --data or \$QUANTKIT_DATA"):
         data_folder()
     monkeypatch.setenv("QUANTKIT_DATA", str(tmp_path))
@@ -614,7 +615,7 @@ def test_lm_evals_own_command_line_knows_the_type(tiny_gguf):
     arguments = ["--model", "quantkit", "--model_args", f"path={tiny_gguf('llama', 'F32')},window=256", "--tasks", "piqa_local",
                  "--limit", "2", "--metadata", "data=sample"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "quantkit.evaluation.lm_eval_cli", *arguments], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "quantkit.evaluation.lm_eval", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 and "|piqa_local|" in done.stdout.replace(" ", ""), done.stderr[-2000:]
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from quantkit.evaluation.lm_eval_flips import changed
-from quantkit.evaluation.lm_eval_results import EvalReport, Item, ModelScores, Score, TaskScores
-from quantkit.evaluation.paired import paired, paired_perplexities
+from quantkit.evaluation.lm_eval.flips import changed
+from quantkit.evaluation.lm_eval.paired import paired, paired_perplexities
+from quantkit.evaluation.lm_eval.results import EvalReport, Item, ModelScores, Score, TaskScores
 
 
 def model(name: str, **tasks) -> ModelScores:

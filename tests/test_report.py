@@ -19,13 +19,13 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.evaluation.board import Table
 from quantkit.evaluation.breakdown import Breakdown, Group, WorstToken
 from quantkit.evaluation.compare import Candidate, Report, compare
-from quantkit.evaluation.lm_eval_results import EvalReport, Item, ModelScores, Score, TaskScores
-from quantkit.evaluation.report import DATA, Extras, Sample, render_html, write_html
-from quantkit.evaluation.report_charts import is_stock, short_names
-from quantkit.evaluation.report_plan import plan_map, plan_maps
-from quantkit.evaluation.report_sections import HEADLINE, side_by_side
-from quantkit.evaluation.report_svg import Axis, Box, place_labels
-from quantkit.evaluation.report_tasks import task_rows
+from quantkit.evaluation.lm_eval.results import EvalReport, Item, ModelScores, Score, TaskScores
+from quantkit.evaluation.report.charts import is_stock, short_names
+from quantkit.evaluation.report.page import DATA, Extras, Sample, render_html, write_html
+from quantkit.evaluation.report.plan import plan_map, plan_maps
+from quantkit.evaluation.report.sections import HEADLINE, side_by_side
+from quantkit.evaluation.report.svg import Axis, Box, place_labels
+from quantkit.evaluation.report.tasks import task_rows
 from quantkit.evaluation.texts import default_texts
 from quantkit.metrics import Divergence
 from quantkit.planning.standard import uniform_plan

@@ -9,7 +9,7 @@ import pytest
 from test_report import PLAN, analyzed_by_hand, answered, contrast, made, made_report, swept
 
 from quantkit.evaluation.board import Table
-from quantkit.evaluation.report import Extras, Sample, write_html
+from quantkit.evaluation.report.page import Extras, Sample, write_html
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.MISSING)
 COLOURS = """

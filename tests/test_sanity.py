@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import open_checkpoint
 from quantkit.evaluation.compare import compare
-from quantkit.evaluation.lm_eval_run import Options, evaluate_models
-from quantkit.evaluation.paired import paired
+from quantkit.evaluation.lm_eval.paired import paired
+from quantkit.evaluation.lm_eval.run import Options, evaluate_models
 from quantkit.evaluation.runners import TorchRunner
 from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run

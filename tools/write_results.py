@@ -158,6 +158,133 @@ def twins_page(data: dict[str, Any]) -> list[str]:
     return out
 
 
+def table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def evaluation_page(data: dict[str, Any]) -> list[str]:
+    """Whether the tools that judge can be trusted, and what they cost; the parts that were run."""
+    out = ["", "## Judging", "", f"`{data['command']}`; all rows in [evaluation.json](../benchmarks/results/evaluation.json). A limit that was "
+           "missed is marked †."]  # fmt: skip
+    for part, (title, section) in EVALUATION.items():
+        if part not in data["runs"]:
+            continue
+        run, rows = data["runs"][part], [row for row in data["rows"] if row["part"] == part]
+        place = f"Commit {run['commit']}, {run['processor']}, {run['threads']} threads, {run['seconds']:.0f} s."
+        out += ["", f"### {title}", "", place, *section(rows)]
+    return out
+
+
+def chosen(rows: list[Row], name: str) -> list[Row]:
+    """Rows of one table of a part."""
+    return [row for row in rows if row["table"] == name]
+
+
+def mark(row: Row) -> str:
+    """A dagger behind a number beyond its limit."""
+    return "" if row.get("reached", True) else " †"
+
+
+def kept_section(rows: list[Row]) -> list[str]:
+    """A kept original: its size, and what judging from it is off by."""
+    sizes = [
+        [row["original"], f"{row['tokens']:,}", f"{row['bytes']:,}", f"{row['share']:.2%}{mark(row)}", f"{row['limit']:.0%}"]
+        for row in chosen(rows, "share")
+    ]
+    errors = [
+        [row["original"], row["text"], row["candidate"], f"{row['tokens']:,}", f"{row['kld']:.3g}", f"{row['error']:+.2%}{mark(row)}",
+         f"{row['error_said']:.2%}", f"{row['p999_error']:+.2%}", f"{row['limit']:.0%}" if "limit" in row else "none"]
+        for row in chosen(rows, "error")
+    ]  # fmt: skip
+    heads = ["original", "text", "candidate", "tokens", "KL divergence, exact", "error of the mean from the file", "standard error it says",
+             "error of the 99.9 % quantile", "limit of the mean's"]  # fmt: skip
+    return table(["original", "tokens", "bytes", "share of the float32 logits", "limit"], sizes) + table(heads, errors)
+
+
+def llama_section(rows: list[Row]) -> list[str]:
+    """Agreement with llama-perplexity."""
+    divergence = [
+        [row["candidate"], f"{row['theirs']:.6f}", f"{row['ours']:.6f}{mark(row)}", f"{row['exact_llama']:.6f} ({row['exact_llama_difference']:+.1e})",
+         f"{row['exact_torch']:.6f} ({row['exact_torch_difference']:+.1e})"]
+        for row in chosen(rows, "llama divergence")
+    ]  # fmt: skip
+    perplexity = [
+        [f"{row['model']}, from its file", "llama", f"{row['theirs']:.6f}", f"{row['ours']:.6f}{mark(row)}"]
+        for row in chosen(rows, "llama perplexity")
+    ] + [
+        [f"{row['model']}, `wikitext_windows_local`, {row['windows']} windows", row["runtime"], f"{row['theirs']:.4f}", f"{row['ours']:.4f}{mark(row)}"]
+        for row in chosen(rows, "windows task")
+    ]  # fmt: skip
+    heads = [
+        "candidate",
+        "KL divergence, llama-perplexity",
+        "quantkit from the same file",
+        "from whole logits, llama.cpp (difference)",
+        "from whole logits, torch (difference)",
+    ]
+    return table(heads, divergence) + table(["perplexity of", "runtime", "llama-perplexity", "quantkit"], perplexity)
+
+
+def lm_eval_section(rows: list[Row]) -> list[str]:
+    """The same answers as lm-eval's own class, and how fast."""
+    answers = [
+        [row["task"], str(row["batch"]), f"{row['documents']:,}", f"{row['differ']:,}{mark(row)}", f"{row['largest_gap']:.1e}"]
+        for row in chosen(rows, "answers")
+    ]
+    speeds, who = chosen(rows, "speed"), list(dict.fromkeys(row["who"] for row in chosen(rows, "speed")))
+    seconds = [
+        [task, *(f"{row['seconds']:.0f} ({row['per_second']:.0f})" for row in speeds if row["task"] == task)]
+        for task in dict.fromkeys(row["task"] for row in speeds)
+    ]
+    total = [
+        f"All {row['tasks']} tasks with loading: {row['seconds']:.0f} s{mark(row)} (limit {row['limit']:.0f} s)."
+        for row in chosen(rows, "tasks in full")
+    ]
+    heads = ["task", "batch of lm-eval's `hf`", "documents", "differ (limit 0)", "largest difference of log-likelihoods"]
+    return table(heads, answers) + table(["task, seconds (documents a second)", *who], seconds) + ["", *total]
+
+
+def overhead_section(rows: list[Row]) -> list[str]:
+    """What judging adds to running the models."""
+    tokens = chosen(rows, "tokens")
+    once = [row for row in tokens if row["reached"]]
+    out = ["", f"{len(once)} of {len(tokens)} models were loaded once and run on {tokens[0]['limit']:,} tokens, each token once."]
+    found = [
+        [str(row["candidates"]), f"{row['loading_s']:.2f}", f"{row['passes_s']:.2f}", f"{row['compare_s']:.2f}", f"{row['overhead']:.1%}{mark(row)}",
+         f"{row['over_bare_passes']:.1%}", f"{row['inside']:.1%}", f"{row['limit']:.0%}"]
+        for row in chosen(rows, "overhead")
+    ]  # fmt: skip
+    heads = ["candidates", "loading, s", "passes alone, s", "comparison, s", "overhead", "over the passes without loading", "within one comparison", "limit"]  # fmt: skip
+    return out + table(heads, found)
+
+
+def sanity_section(rows: list[Row]) -> list[str]:
+    """Comparisons whose outcome is known."""
+    compared = [
+        [row["text"], row["candidate"], f"{row['mean_kld']:.3g}{mark(row)}", f"{row['p999_kld']:.3g}", f"{row['perplexity_ratio']:.4f}",
+         f"{row['top1_agreement']:.2%}"]
+        for row in chosen(rows, "compared")
+    ]  # fmt: skip
+    flips = [
+        [row["task"], row["metric"], row["model"], f"{row['documents']:,}", f"{row['lost']:,}{mark(row)}", f"{row['gained']:,}", f"{row['p_value']:.2g}"]
+        for row in chosen(rows, "flips")
+    ]  # fmt: skip
+    ranks = chosen(rows, "ranks")
+    last = sum(row["reached"] for row in ranks)
+    out = table(["text", "candidate", "KL divergence", "99.9 %", "perplexity ×", "same likeliest token"], compared)
+    out += ["", f"The wrecked layer is last, alone, by {last} of {len(ranks)} pairs of a metric and a text."]
+    return out + table(
+        ["task", "metric", "candidate", "documents", "right before, wrong now", "wrong before, right now", "p"], flips
+    )
+
+
+EVALUATION = {
+    "kept": ("A kept original", kept_section), "llama": ("llama-perplexity", llama_section), "lm-eval": ("lm-eval", lm_eval_section),
+    "overhead": ("What judging costs", overhead_section), "sanity": ("Known outcomes", sanity_section),
+}  # fmt: skip
+
+
 def pages() -> dict[Path, str]:
     """Every page with its text."""
     quality = json.loads((RESULTS / "quality.json").read_text())
@@ -166,6 +293,8 @@ def pages() -> dict[Path, str]:
         page += "\n" + "\n".join(twins_page(json.loads((RESULTS / "twins.json").read_text())))
     if (RESULTS / "cost.json").exists():
         page += "\n" + "\n".join(cost_page(json.loads((RESULTS / "cost.json").read_text())))
+    if (RESULTS / "evaluation.json").exists():
+        page += "\n" + "\n".join(evaluation_page(json.loads((RESULTS / "evaluation.json").read_text())))
     readme = README.read_text()
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]

@@ -1,4 +1,4 @@
-"""Write the generated parts of quantkit/evaluation/tasks: BLiMP's paradigms, and the few documents of each task.
+"""Write the generated parts of quantkit/evaluation/lm_eval/offline: BLiMP's paradigms, and the few documents of each task.
 
     python tools/write_tasks.py DATA
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from quantkit.evaluation.lm_eval_data import TASKS, TITLE
+from quantkit.evaluation.lm_eval.documents import TASKS, TITLE
 
 DOCUMENTS = 12  # of a file
 PAIRS = 2  # of a BLiMP paradigm, of which there are many

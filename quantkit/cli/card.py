@@ -38,7 +38,7 @@ from quantkit.cli.output import guarded
 @guarded
 def command(artifacts: tuple[Path, ...], output: Path | None, force: bool, **values: Any) -> None:
     """Write the card."""
-    from quantkit.evaluation.card import CardOptions, write_card
+    from quantkit.evaluation.card.card import CardOptions, write_card
 
     path, card = write_card(artifacts, output, CardOptions(**values), force=force)
     for note in card.notes:

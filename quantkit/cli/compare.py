@@ -102,14 +102,14 @@ def _answers(models: list[Path], tasks: str | None, results: Path | None, **opti
     from quantkit.errors import PlanError
 
     if tasks is None:
-        from quantkit.evaluation.lm_eval_results import read_results
+        from quantkit.evaluation.lm_eval.results import read_results
 
         return read_results(results) if results is not None else None
     if results is not None:
         raise PlanError("--tasks asks the models, --results reads what they said", hint="give one of the two")
     os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval is imported: its bars would mix with quantkit's
-    from quantkit.evaluation.lm_eval_run import Options, evaluate_models
-    from quantkit.evaluation.lm_eval_tasks import DEFAULT
+    from quantkit.evaluation.lm_eval.run import Options, evaluate_models
+    from quantkit.evaluation.lm_eval.tasks import DEFAULT
 
     names = DEFAULT if tasks == "default" else [name.strip() for name in tasks.split(",") if name.strip()]
     return evaluate_models(models, Options(tasks=names, **options))

@@ -57,7 +57,7 @@ def command(
     """Evaluate and print the table."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval is imported: its bars would mix with quantkit's
     from quantkit.checkpoint.files import refuse_existing, require_folder, write_text
-    from quantkit.evaluation.lm_eval_run import Options, Served, evaluate_models
+    from quantkit.evaluation.lm_eval.run import Options, Served, evaluate_models
     from quantkit.progress import Progress
 
     if output is not None:
@@ -87,8 +87,8 @@ def _changes(report: Any, members: bool, flips: bool) -> dict[str, Any]:
     """What changed, as it stands in the JSON document."""
     from dataclasses import asdict
 
-    from quantkit.evaluation.lm_eval_flips import changed
-    from quantkit.evaluation.paired import paired, paired_perplexities
+    from quantkit.evaluation.lm_eval.flips import changed
+    from quantkit.evaluation.lm_eval.paired import paired, paired_perplexities
 
     def rows(some: bool) -> list[dict[str, Any]]:
         found: list[Any] = [*paired(report, some), *paired_perplexities(report, some)]
@@ -128,7 +128,7 @@ def print_report(report: Any) -> None:
 
 def print_changes(report: Any, members: bool = False) -> None:
     """What changed against the reference, document by document, of the tasks or of the groups' tasks."""
-    from quantkit.evaluation.paired import paired, paired_perplexities
+    from quantkit.evaluation.lm_eval.paired import paired, paired_perplexities
 
     where = " in the tasks of groups" if members else ""
     if found := paired(report, members):
@@ -167,7 +167,7 @@ def _perplexity(one: Any) -> list[str]:
 
 def print_flips(report: Any) -> None:
     """The first documents that each model lost and gained: the question, the right answer, and the two models'."""
-    from quantkit.evaluation.lm_eval_flips import changed
+    from quantkit.evaluation.lm_eval.flips import changed
 
     for one in changed(report):
         for words, count, documents in (

@@ -18,11 +18,11 @@ from urllib.parse import quote
 
 from quantkit.checkpoint.files import refuse_existing, require_folder, write_text
 from quantkit.evaluation.board import clean, markdown
-from quantkit.evaluation.card_artifact import Artifact
-from quantkit.evaluation.card_collection import Collection, Place, default_target, places, read_collection
-from quantkit.evaluation.card_hub import base_models, front_matter
-from quantkit.evaluation.card_made import command_of, loaders, methods, plans_of, protections, sayings
-from quantkit.evaluation.card_numbers import Measurement, best_for_size, common_setting, measurements, pairs
+from quantkit.evaluation.card.artifact import Artifact
+from quantkit.evaluation.card.collection import Collection, Place, default_target, places, read_collection
+from quantkit.evaluation.card.hub import base_models, front_matter
+from quantkit.evaluation.card.made import command_of, loaders, methods, plans_of, protections, sayings
+from quantkit.evaluation.card.numbers import Measurement, best_for_size, common_setting, measurements, pairs
 from quantkit.planning.artifact import HASHES
 from quantkit.quantizer.manifest import Manifest
 from quantkit.quantizer.measured import Measured

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
-from quantkit.evaluation.lm_eval_flips import FEW, Changed, changed
-from quantkit.evaluation.paired import Paired, PairedPerplexity, paired, paired_perplexities
-from quantkit.evaluation.report_charts import HALF, Figure, short_names, size_unit
-from quantkit.evaluation.report_svg import Axis, Box, chart, error_bar, frame, mark, place_labels
+from quantkit.evaluation.lm_eval.flips import FEW, Changed, changed
+from quantkit.evaluation.lm_eval.paired import Paired, PairedPerplexity, paired, paired_perplexities
+from quantkit.evaluation.report.charts import HALF, Figure, short_names, size_unit
+from quantkit.evaluation.report.svg import Axis, Box, chart, error_bar, frame, mark, place_labels
 
 if TYPE_CHECKING:
-    from quantkit.evaluation.lm_eval_results import EvalReport, Score
+    from quantkit.evaluation.lm_eval.results import EvalReport, Score
 
 LISTED = 400  # answers that a report lists at most: about 900 bytes each, and never above 3,500, whatever they hold
 

@@ -1,6 +1,6 @@
 """lm-eval's own command line with the model type ``quantkit`` and the offline tasks.
 
-    python -m quantkit.evaluation.lm_eval_cli --model quantkit --model_args path=MODEL.gguf --tasks arc_easy_local
+    python -m quantkit.evaluation.lm_eval --model quantkit --model_args path=MODEL.gguf --tasks arc_easy_local
 
 Releases of lm-eval after 0.4.13 find the type by quantkit's entry point; ``lm_eval`` itself knows it then.
 """
@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.lm_eval_data import TASKS
-from quantkit.evaluation.lm_eval_tasks import require_lm_eval
+from quantkit.evaluation.lm_eval.documents import TASKS
+from quantkit.evaluation.lm_eval.tasks import require_lm_eval
 
 TYPE = "quantkit"
-CLASS = "quantkit.evaluation.plugin_lm_eval:QuantkitLM"
+CLASS = "quantkit.evaluation.lm_eval.plugin_model:QuantkitLM"
 
 
 def register() -> None:

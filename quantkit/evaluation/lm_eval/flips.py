@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quantkit.evaluation.lm_eval_results import EvalReport, Item, ModelScores
-from quantkit.evaluation.paired import verdicts
+from quantkit.evaluation.lm_eval.paired import verdicts
+from quantkit.evaluation.lm_eval.results import EvalReport, Item, ModelScores
 
 FEW = 8  # documents that are listed of each kind
 

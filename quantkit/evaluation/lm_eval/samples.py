@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.lm_eval_results import Item, Score, TaskScores
+from quantkit.evaluation.lm_eval.results import Item, Score, TaskScores
 from quantkit.evaluation.statistics import standard_error
 from quantkit.passk import majority_at_k, pass_at_k
 

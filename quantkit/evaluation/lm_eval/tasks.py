@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import MissingDependencyError, QuantkitError
-from quantkit.evaluation.lm_eval_data import TASKS
+from quantkit.evaluation.lm_eval.documents import TASKS
 
 DEFAULT = ("arc_easy_local", "arc_challenge_local", "piqa_local", "blimp_local")
 SUFFIX = "_local"  # of the offline tasks

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quantkit.evaluation.lm_eval_results import SHARES, UNITS, Item, Score, TaskScores, Value
-from quantkit.evaluation.lm_eval_samples import Draws, judge, mean_scores, verdict_of, with_groups
-from quantkit.evaluation.lm_eval_words import words_of
+from quantkit.evaluation.lm_eval.results import SHARES, UNITS, Item, Score, TaskScores, Value
+from quantkit.evaluation.lm_eval.samples import Draws, judge, mean_scores, verdict_of, with_groups
+from quantkit.evaluation.lm_eval.words import words_of
 
 
 def all_scores(results: dict[str, Any], tasks: Mapping[str, Any], draws: Draws | None = None) -> dict[str, TaskScores]:

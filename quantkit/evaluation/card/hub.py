@@ -13,7 +13,7 @@ from typing import Any
 
 from quantkit.errors import PlanError
 from quantkit.evaluation.board import clean
-from quantkit.evaluation.card_artifact import Artifact
+from quantkit.evaluation.card.artifact import Artifact
 from quantkit.planning.artifact import VERSION_KEY
 
 HUB = r"(?:https?://(?:www\.)?(?:huggingface\.co|hf\.co)/)?"

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from quantkit.analysis.plot import layer_roles, reference_format
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.evaluation.compare import Candidate, Report
-from quantkit.evaluation.report_svg import (
+from quantkit.evaluation.report.svg import (
     Axis,
     Box,
     chart,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from quantkit.evaluation.lm_eval_results import UNITS, EvalReport, Item, ModelScores, is_share
+from quantkit.evaluation.lm_eval.results import UNITS, EvalReport, Item, ModelScores, is_share
 from quantkit.evaluation.statistics import (
     Difference,
     Flips,

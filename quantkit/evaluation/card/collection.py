@@ -12,7 +12,7 @@ from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.adapter import read_adapter
 from quantkit.checkpoint.gguf_reader import GgufFile
 from quantkit.errors import OutputError, PlanError
-from quantkit.evaluation.card_artifact import Artifact, read_artifact
+from quantkit.evaluation.card.artifact import Artifact, read_artifact
 from quantkit.quantizer.manifest import hash_range
 
 SAME = "a card is about one base: write one for each"

@@ -22,10 +22,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from quantkit.checkpoint import Checkpoint, HfCheckpoint
 from quantkit.errors import CalibrationError, QuantkitError
 from quantkit.evaluation.compare import open_candidate
-from quantkit.evaluation.lm_eval_draws import Draw, Drawer, is_random, numbered
-from quantkit.evaluation.lm_eval_engines import LLAMA_WINDOW, LlamaEngine, TorchEngine, generation_facts
-from quantkit.evaluation.lm_eval_rows import Row, batches, row_of
-from quantkit.evaluation.lm_eval_tasks import quietly
+from quantkit.evaluation.lm_eval.draws import Draw, Drawer, is_random, numbered
+from quantkit.evaluation.lm_eval.engines import LLAMA_WINDOW, LlamaEngine, TorchEngine, generation_facts
+from quantkit.evaluation.lm_eval.rows import Row, batches, row_of
+from quantkit.evaluation.lm_eval.tasks import quietly
 from quantkit.kernels.devices import default_dtype
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.skeleton import quiet

@@ -14,10 +14,10 @@ from typing import Any
 
 from quantkit.errors import QuantkitError
 
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "offline"
 SAMPLE = "sample"  # as the folder: the few documents in the package
 VARIABLE = "QUANTKIT_DATA"
-CHECKOUT = Path(__file__).parents[3] / "shared" / "data"  # beside a checkout of quantkit
+CHECKOUT = Path(__file__).parents[4] / "shared" / "data"  # beside a checkout of quantkit
 TITLE = re.compile(r"\s*= (?!= ).*(?<! =) =\s*")  # of an article; sections have more signs
 LABELS = "ABCDEFGHIJ"
 

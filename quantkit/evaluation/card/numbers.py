@@ -13,7 +13,7 @@ from quantkit.checkpoint.documents import typed
 from quantkit.checkpoint.files import read_json
 from quantkit.errors import CheckpointError, PlanError
 from quantkit.evaluation.board import Row, read_board
-from quantkit.evaluation.card_artifact import Artifact
+from quantkit.evaluation.card.artifact import Artifact
 from quantkit.metrics import Divergence
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from quantkit.analysis.texts import DEFAULT_MIX
 from quantkit.checkpoint.roles import Role
 from quantkit.errors import PlanError
-from quantkit.evaluation.card_artifact import Artifact
+from quantkit.evaluation.card.artifact import Artifact
 from quantkit.formats.tensors import tensor_formats
 from quantkit.planning.artifact import PLAN_NAME, VERSION_KEY
 from quantkit.planning.plan import Plan

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from quantkit.errors import CalibrationError
-from quantkit.evaluation.lm_eval_engines import Group
+from quantkit.evaluation.lm_eval.engines import Group
 
 SHARED = 8  # tokens of context from which on it is kept for several continuations; shorter ones are read again
 LOGITS = 1 << 28  # logits that a pass may give

@@ -18,10 +18,10 @@ from quantkit.analysis.run import work_directory
 from quantkit.checkpoint.adapter import AdaptedCheckpoint
 from quantkit.errors import QuantkitError
 from quantkit.evaluation.compare import open_candidate
-from quantkit.evaluation.lm_eval_results import EvalReport, ModelScores, TaskScores
-from quantkit.evaluation.lm_eval_samples import TEMPERATURE, Draws, ask_often
-from quantkit.evaluation.lm_eval_scores import all_scores
-from quantkit.evaluation.lm_eval_tasks import DEFAULT, SEED, load_tasks, quietly
+from quantkit.evaluation.lm_eval.results import EvalReport, ModelScores, TaskScores
+from quantkit.evaluation.lm_eval.samples import TEMPERATURE, Draws, ask_often
+from quantkit.evaluation.lm_eval.scores import all_scores
+from quantkit.evaluation.lm_eval.tasks import DEFAULT, SEED, load_tasks, quietly
 from quantkit.kernels.devices import require_device
 from quantkit.progress import Progress
 from quantkit.versions import package_versions
@@ -140,7 +140,7 @@ def _drawable(options: Options, served: Sequence[Served]) -> Draws | None:
 
 @contextlib.contextmanager
 def _local(path: Path, options: Options) -> Iterator[Any]:
-    from quantkit.evaluation.plugin_lm_eval import QuantkitLM
+    from quantkit.evaluation.lm_eval.plugin_model import QuantkitLM
 
     lm = QuantkitLM(
         str(path), runtime=options.runtime, device=options.device, window=options.window, batch_size=options.batch,
@@ -182,7 +182,7 @@ def _remote(endpoint: Served, tokenizer: str, window: int, adds_bos: bool, optio
 
 
 def _endpoint(endpoint: Served, lm: Any, loaded: dict[str, Any], options: Options) -> ModelScores:
-    from quantkit.evaluation.plugin_lm_eval import WindowsTask
+    from quantkit.evaluation.lm_eval.plugin_model import WindowsTask
 
     started = time.perf_counter()
     tasks = {name: task for name, task in loaded["tasks"].items() if not isinstance(task, WindowsTask)}

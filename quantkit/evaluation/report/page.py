@@ -14,16 +14,14 @@ from quantkit.analysis.coverage import COLUMNS, coverage_rows
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint.files import write_text
 from quantkit.errors import PlanError
-from quantkit.evaluation import report_charts as charts
-from quantkit.evaluation import report_sections as sections
-from quantkit.evaluation import report_tasks as tasks
 from quantkit.evaluation.compare import Report, identity_of
-from quantkit.evaluation.report_plan import cost_map, plan_maps, plan_reasons
-from quantkit.evaluation.report_sections import Sample, samples_of
+from quantkit.evaluation.report import charts, sections, tasks
+from quantkit.evaluation.report.plan import cost_map, plan_maps, plan_reasons
+from quantkit.evaluation.report.sections import Sample, samples_of
 
 if TYPE_CHECKING:
     from quantkit.evaluation.board import Table
-    from quantkit.evaluation.lm_eval_results import EvalReport
+    from quantkit.evaluation.lm_eval.results import EvalReport
     from quantkit.planning.sweep import Sweep
 
 DATA = Path(__file__).parent / "data"
