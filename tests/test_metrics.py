@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantkit import metrics
 from quantkit.metrics import TokenScores, kl_divergence, kl_divergence_reference, summarize
 
 
@@ -23,9 +24,21 @@ def test_kl_divergence_is_the_textbook_one(seed, noise):
     np.testing.assert_allclose(ours, kl_divergence_reference(p, q), rtol=2e-3, atol=2e-8)
 
 
+def test_rows_a_few_at_a_time_give_the_same(monkeypatch):
+    """Pieces of three rows, the last one shorter."""
+    monkeypatch.setattr(metrics, "CACHED", 900)
+    p, q = torch.randn(8, 300), torch.randn(8, 300)
+    logp = p.log_softmax(-1)
+    found = metrics.kl_divergence_by_rows(logp, logp.exp(), q, q.logsumexp(-1))
+    np.testing.assert_allclose(found.numpy(), kl_divergence_reference(p.numpy(), q.numpy()), rtol=1e-5)
+
+
 def test_kl_divergence_of_a_model_with_itself_is_zero():
     p = torch.randn(4, 100)
     assert kl_divergence(p.log_softmax(-1), p).abs().max() < 1e-9
+    total = p.logsumexp(-1)
+    logp = p - total[:, None]
+    assert not metrics.kl_divergence_by_rows(logp, logp.exp(), p, total).any()
 
 
 def test_kl_divergence_by_hand():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.metrics import TokenScores, kl_divergence
+from quantkit.metrics import TokenScores, kl_divergence_by_rows
 
 if TYPE_CHECKING:
     import torch
@@ -53,15 +53,16 @@ class KnownWindow(Protocol):
     @property
     def entropy(self) -> Floats: ...
 
-    def divergence(self, logits: torch.Tensor) -> Estimate:
-        """From the original to a candidate with these logits, float32 (n, vocabulary)."""
+    def divergence(self, logits: torch.Tensor, total: torch.Tensor | None = None) -> Estimate:
+        """From the original to a candidate with these logits, float32 (n, vocabulary). total: their logsumexp, if known."""
 
 
 @dataclass(frozen=True)
 class ExactWindow:
-    """A window whose whole distributions are at hand: logp is torch float32 (n, vocabulary)."""
+    """A window whose whole distributions are at hand: logp and p, its exponential, are torch float32 (n, vocabulary)."""
 
     logp: torch.Tensor
+    p: torch.Tensor
     next_logp: Floats
     top1: Ids
     top1_logp: Floats
@@ -72,14 +73,18 @@ class ExactWindow:
         """From the original's logits (n, vocabulary) and the tokens that follow (n,)."""
         import torch
 
-        logp = logits.log_softmax(-1)
+        logp = logits - logits.logsumexp(-1, keepdim=True)
+        p, (top1_logp, top1) = logp.exp(), logp.max(-1)
         chosen = logp.gather(1, torch.from_numpy(following)[:, None])[:, 0]
-        entropy = -(logp.exp().mul_(logp.clamp_min(-1e30))).sum(-1)
-        return ExactWindow(logp, chosen.numpy(), logits.argmax(-1).numpy(), logp.amax(-1).numpy(), entropy.numpy())
+        entropy = -torch.linalg.vecdot(p, logp)
+        if not entropy.isfinite().all():  # logits of −∞
+            entropy = -torch.linalg.vecdot(p, logp.clamp_min(-1e30))
+        return ExactWindow(logp, p, chosen.numpy(), top1.numpy(), top1_logp.numpy(), entropy.numpy())
 
-    def divergence(self, logits: torch.Tensor) -> Estimate:
+    def divergence(self, logits: torch.Tensor, total: torch.Tensor | None = None) -> Estimate:
         """See :class:`KnownWindow`."""
-        kld = kl_divergence(self.logp, logits).numpy()
+        total = logits.logsumexp(-1) if total is None else total
+        kld = kl_divergence_by_rows(self.logp, self.p, logits, total).numpy()
         return Estimate(kld, np.zeros_like(kld))
 
 
@@ -103,7 +108,7 @@ def judge(known: KnownWindow, logits: torch.Tensor, following: Ids) -> Judged:
     total = logits.logsumexp(-1)
     guess = logits.argmax(-1)
     logp = logits.gather(1, torch.from_numpy(following)[:, None])[:, 0] - total
-    kld, variance = known.divergence(logits)
+    kld, variance = known.divergence(logits, total)
     scores = TokenScores(kld, logp.numpy(), known.next_logp, guess.numpy() == known.top1)
     return Judged(scores, guess.numpy(), (logits.gather(1, guess[:, None])[:, 0] - total).numpy(), variance)
 

@@ -1,7 +1,8 @@
 """Was it worth it: any number of candidates against the original on the same text.
 
-Windows as in llama-perplexity: the text in pieces of ``window`` tokens, each beginning with the
-beginning-of-text token where the model wants one; the second half of every window is scored.
+Windows much as in llama-perplexity: the text in pieces of ``window`` tokens, each beginning with the
+beginning-of-text token where the model wants one; the second half of every window is scored. (There the
+token takes the place of the text's first one, here it stands before it, so that no text is lost.)
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from quantkit.quantizer.hashes import known_sha256
 from quantkit.quantizer.manifest import Manifest, manifest_path
 from quantkit.versions import package_versions
 
-REFERENCE_BYTES = 1 << 30  # log-probabilities of the original held at a time
+REFERENCE_BYTES = 1 << 30  # probabilities of the original and their logarithms, held at a time
 VERSION = 1
 
 
@@ -217,8 +218,9 @@ def compare(
                 with runners.use(checkpoint) as runner:
                     judgement.add(runner, windows, known, some, task)
     task.done()
+    decode = TextEncoder(opened[0]).decode  # they all have the same vocabulary
     rows = [
-        _candidate(path, checkpoint, judgement)
+        _candidate(path, checkpoint, judgement, decode)
         for path, checkpoint, judgement in zip(candidates, opened, judgements, strict=True)
     ]
     return Report(
@@ -262,7 +264,7 @@ def _check_same_vocabulary(original: Original, other: Checkpoint, path: Path) ->
 def _chunk(original: Original) -> int:
     """Windows whose whole distributions are held at a time."""
     window = original.windows.shape[1]
-    return max(1, REFERENCE_BYTES // (4 * (window - window // 2 - 1) * original.vocabulary))
+    return max(1, REFERENCE_BYTES // (8 * (window - window // 2 - 1) * original.vocabulary))
 
 
 def _known(original: Original, runners: RunnerPool, some: range, task: Any) -> Callable[[int], KnownWindow]:
@@ -302,7 +304,7 @@ class _Judgement:
             task.advance(len(ids))
 
 
-def _candidate(path: Path, checkpoint: Checkpoint, judgement: _Judgement) -> Candidate:
+def _candidate(path: Path, checkpoint: Checkpoint, judgement: _Judgement, decode: Callable[[list[int]], str]) -> Candidate:
     scores = TokenScores.join(judgement.parts)
     data = sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
     name, predicted = path.resolve().name, None
@@ -316,7 +318,7 @@ def _candidate(path: Path, checkpoint: Checkpoint, judgement: _Judgement) -> Can
         bpw=8 * data / checkpoint.n_weights,
         divergence=summarize(scores),
         estimate_error=math.sqrt(judgement.variance) / len(scores.kld),
-        breakdown=judgement.tally.result(TextEncoder(checkpoint).decode),
+        breakdown=judgement.tally.result(decode),
         predicted_kld=predicted,
         plan={t.name: t.dtype for t in checkpoint.tensors.values() if t.quantizable},
         identity=checkpoint.identity,

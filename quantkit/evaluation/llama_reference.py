@@ -73,7 +73,7 @@ class LlamaWindow:
         """Of each distribution, nats."""
         return -(np.exp(self.logp) * self.logp).sum(-1)
 
-    def divergence(self, logits: torch.Tensor) -> Estimate:
+    def divergence(self, logits: torch.Tensor, total: torch.Tensor | None = None) -> Estimate:
         """As llama.cpp sums it: over the tokens with log p > −16, without making up for those left out.
 
         Variances are 0. A divergence near 0 can be below it, as it can there.

@@ -69,7 +69,7 @@ class StoredWindow:
         """Log-probability of the most likely token."""
         return self.logp[:, 0]
 
-    def divergence(self, logits: torch.Tensor) -> Estimate:
+    def divergence(self, logits: torch.Tensor, total: torch.Tensor | None = None) -> Estimate:
         """See :class:`KnownWindow`; the formula is in the module's text."""
         import torch
 
