@@ -143,11 +143,17 @@ def test_the_original_in_the_manifest_decides_but_rescaled_weights_are_of_the_sa
     q4, q8 = repository / "llama-Q4_0.gguf", repository / "llama-Q8_0.gguf"
     sidecar = manifest_path(q8)
     data = json.loads(sidecar.read_text())
-    data["source"]["identity"] = "f" * 16
+    data["source"]["identity"] = "f" * 16  # rescaled
     sidecar.write_text(json.dumps(data))
-    with pytest.raises(
-        PlanError, match=r"llama-Q8_0.gguf is of another base than llama-Q4_0.gguf: made from llama \(ffff.*, not llama \("
-    ):
+    assert len(read_collection([q4, q8]).members) == 2
+    data["source"]["original"] = "f" * 16
+    sidecar.write_text(json.dumps(data))
+    refused = r"llama-Q8_0.gguf is of another base than llama-Q4_0.gguf: made from llama \(ffff.*, not llama \("
+    with pytest.raises(PlanError, match=refused):
+        read_collection([q4, q8])
+    del data["source"]["original"]  # as an older quantkit wrote it
+    sidecar.write_text(json.dumps(data))
+    with pytest.raises(PlanError, match=refused):
         read_collection([q4, q8])
     data["plan"]["name"] = "dynamic-8.50bpw"
     sidecar.write_text(json.dumps(data))

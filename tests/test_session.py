@@ -56,6 +56,7 @@ def test_outliers_are_moved_and_the_file_is_still_the_model(twin, tmp_path, monk
     again, _ = quantkit.quantize(folder / "twin", tmp_path / "b.gguf", str(folder / "work" / "plan.json"), work=folder / "work")
     assert again.read_bytes()[-10000:] == path.read_bytes()[-10000:]
     assert manifest.source["identity"] == json.loads((folder / "work" / "plan.json").read_text())["identity"]
+    assert manifest.source["original"] == open_checkpoint(folder / "twin").identity != manifest.source["identity"]
 
 
 def test_a_model_without_outliers_and_low_effort_leave_the_weights_alone(twin, tmp_path):

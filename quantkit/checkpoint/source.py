@@ -146,6 +146,11 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     @property
+    def original(self) -> str:
+        """Identity of the model on disk, also of a view whose weights are others."""
+        return self.identity
+
+    @property
     def stamp(self) -> str:
         """Sizes and times of the files: changes whenever a weight is edited. Guards everything cached."""
         stats = [path.stat() for path in self.weight_files]

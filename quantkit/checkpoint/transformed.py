@@ -129,6 +129,10 @@ class TransformedCheckpoint(CheckpointView):
         return hashlib.sha256(f"{self.source.identity} {self.transform.digest}".encode()).hexdigest()[:16]
 
     @property
+    def original(self) -> str:
+        return self.source.original
+
+    @property
     def stamp(self) -> str:
         return hashlib.sha256(f"{self.source.stamp} {self.transform.digest}".encode()).hexdigest()[:16]
 

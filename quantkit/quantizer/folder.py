@@ -37,7 +37,7 @@ from quantkit.formats.tensors import TensorFormat
 from quantkit.progress import Progress
 from quantkit.quantizer.folder_config import quantization_config
 from quantkit.quantizer.folder_plan import FolderPlan, plan_folder, require_source
-from quantkit.quantizer.manifest import Manifest, manifest_path
+from quantkit.quantizer.manifest import Manifest, manifest_path, source_of
 from quantkit.quantizer.stream import in_order
 from quantkit.threads import default_threads
 from quantkit.versions import package_versions
@@ -236,7 +236,7 @@ def _manifest(
         file_sha256=hashlib.sha256(lines.encode()).hexdigest(),
         header_sha256=files["config.json"]["sha256"],
         bpw=8 * sum(stored.values()) / sum(weight.weights for weight in weights),
-        source={"name": checkpoint.path.resolve().name, "architecture": checkpoint.family.arch, "identity": checkpoint.identity},
+        source=source_of(checkpoint),
         plan={"name": plan.name, "label": plan.format.name, "budget": {}, "predicted_kld": None, "suffixes": suffixes},
         tensors={
             w.name: {"format": w.format.name if w.format else w.stored[0].dtype, "bytes": stored[w.name],

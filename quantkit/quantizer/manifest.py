@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint import Checkpoint
 from quantkit.checkpoint import gguf_values as gv
 from quantkit.checkpoint.gguf_reader import GgufFile
 from quantkit.checkpoint.safetensors_reader import SafetensorsFile
@@ -67,6 +68,14 @@ def manifest_path(path: Path) -> Path:
     if path.is_dir():
         return path / FOLDER_MANIFEST
     return path.with_name(path.name + ".manifest.json")
+
+
+def source_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a manifest says of the model: ``original`` is the identity on disk where ``identity`` is that of rescaled weights."""
+    return {
+        "name": checkpoint.path.resolve().name, "architecture": checkpoint.family.arch, "identity": checkpoint.identity,
+        "original": checkpoint.original,
+    }  # fmt: skip
 
 
 @dataclass

@@ -31,7 +31,7 @@ from quantkit.formats import get_format
 from quantkit.planning.artifact import HASH_BYTES, HASHES, bits_per_weight, output_metadata, tensor_specs
 from quantkit.planning.plan import Plan
 from quantkit.progress import Progress
-from quantkit.quantizer.manifest import Manifest, manifest_path
+from quantkit.quantizer.manifest import Manifest, manifest_path, source_of
 from quantkit.quantizer.stream import in_order
 from quantkit.quantizer.tensor_cache import TensorCache
 from quantkit.threads import default_threads, lone_products
@@ -272,7 +272,7 @@ def _write_file(
         file_sha256=file_digest,
         header_sha256=hashlib.sha256(header_bytes(metadata, specs)).hexdigest(),
         bpw=bits_per_weight(checkpoint, plan),
-        source={"name": checkpoint.path.resolve().name, "architecture": checkpoint.family.arch, "identity": checkpoint.identity},
+        source=source_of(checkpoint),
         plan={"name": plan.name, "label": plan.label, "budget": plan.budget, "predicted_kld": plan.predicted_kld},
         tensors={
             spec.name: {"format": spec.format.name, "method": plan.tensors[spec.name].method, "bytes": spec.nbytes,

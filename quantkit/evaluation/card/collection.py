@@ -109,7 +109,7 @@ def another_base(first: Artifact, second: Artifact) -> str | None:
     """Why two artifacts cannot be of the same original, None if nothing speaks against it.
 
     Architecture, shapes, and the originals that the manifests name. Rescaled weights have an identity of their own
-    (docs/files.md), so a dynamic plan for an original of the same name may have another.
+    (docs/files.md); manifests that do not say of which original are believed if its name is the same.
     """
     if first.base_architecture != second.base_architecture:
         return f"architecture {second.base_architecture}, not {first.base_architecture}"
@@ -122,8 +122,12 @@ def another_base(first: Artifact, second: Artifact) -> str | None:
     one, other = first.manifests[0], second.manifests[0]
     if one.source["identity"] == other.source["identity"]:
         return None
-    rescaled = any(str(manifest.plan["name"]).startswith("dynamic") for manifest in (one, other))
-    if rescaled and one.source["name"] == other.source["name"]:
+    if "original" in one.source and "original" in other.source:
+        same = one.source["original"] == other.source["original"]
+    else:  # of an older quantkit
+        rescaled = any(str(manifest.plan["name"]).startswith("dynamic") for manifest in (one, other))
+        same = rescaled and one.source["name"] == other.source["name"]
+    if same:
         return None
     return "made from {name} ({identity}), not ".format(**other.source) + "{name} ({identity})".format(**one.source)
 
