@@ -3,7 +3,7 @@ PY := $(VENV)/bin/python
 export HF_HUB_OFFLINE := 1
 
 .PHONY: demo test test-all lint setup setup-dev bench-allocation bench-cost bench-evaluation bench-formats bench-kernels bench-low-bits \
-	bench-quality bench-quantize bench-heal bench-rl bench-rl-memory bench-super-weights bench-twins clean
+	bench-quality bench-quantize bench-heal bench-rl bench-rl-memory bench-super-weights bench-twins clean screenshots
 
 demo: setup  ## analyze, plan, quantize and compare on the shipped model
 	$(PY) examples/demo.py
@@ -74,6 +74,9 @@ bench-super-weights: setup-dev  ## a planted super weight: collapse and rescue (
 
 bench-twins: setup-dev  ## outlier twins against the plain models (needs ../shared)
 	$(PY) benchmarks/twins.py
+
+screenshots: demo  ## pictures of the demo's report for docs/images (needs Chromium)
+	$(PY) tools/screenshots.py demo/report.html
 
 clean:
 	rm -rf demo *.quantkit build *.egg-info

@@ -1,7 +1,7 @@
 """Pictures of a report for docs/images: light, dark, and as wide as a phone.
 
-quantkit compare MODEL FILES… --prompt TEXT -o report.html     # any report will do, `make demo` writes one too
-python tools/screenshots.py report.html                        # needs Chromium (Debian: apt install chromium)
+make screenshots                           # of the demo's report; needs Chromium (Debian: apt install chromium)
+python tools/screenshots.py report.html    # of any other
 """
 
 from __future__ import annotations
