@@ -20,7 +20,8 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.encoders.ggml import encoding_on
 from quantkit.encoders.stats import ActivationStats
-from quantkit.errors import CalibrationError, CheckpointError, OutputError, PlanError, QuantkitError
+from quantkit.errors import CalibrationError, PlanError, QuantkitError
+from quantkit.evaluation.checks import check_comparison, require_runtime
 from quantkit.evaluation.compare import Report
 from quantkit.evaluation.continued import Continued
 from quantkit.evaluation.generate import Generation
@@ -287,33 +288,24 @@ def compare(
     results or sweep are of another model.
     """
     from quantkit.evaluation.board import append as append_board
-    from quantkit.evaluation.board import render, require_board, rows_of
+    from quantkit.evaluation.board import render, rows_of
+    from quantkit.evaluation.candidates import split_adapter
     from quantkit.evaluation.compare import compare as run_compare
+    from quantkit.evaluation.compare import is_kept
     from quantkit.evaluation.footprint import footprints
-    from quantkit.evaluation.llama_reference import is_llama_reference
-    from quantkit.evaluation.reference import is_reference
-    from quantkit.evaluation.report.page import Extras, plan_reasons, require_same_original, samples_of, write_html
+    from quantkit.evaluation.report.page import Extras, plan_reasons, require_same_models, samples_of, write_html
     from quantkit.evaluation.texts import default_texts
     from quantkit.planning.rates import machine_name
 
-    _require_runtime(runtime, device)
-    if html is not None:
-        require_folder(Path(html))
-        if Path(html).suffix.lower() not in (".html", ".htm"):
-            raise OutputError(f"{html} is not a name for a report", hint="end it in .html")
+    check_comparison(reference, candidates, text, runtime, device, limit, html, cache, append)
     original, files = Path(reference), [Path(c) for c in candidates]
-    kept = is_reference(original) or is_llama_reference(original)
-    if (text or limit or cache) and kept:
-        hint = "leave out --text, --limit and --cache, or give the model itself"
-        raise CheckpointError(f"{reference} is what was kept of a model on its text; it knows no other text", hint=hint)
-    if append is not None:
-        require_board(Path(append))
-    require_same_original(original, results, sweep)
+    require_same_models(original, files, results, sweep)
     report = run_compare(
         original, files, [Path(t) for t in text] or default_texts(), runtime=runtime, window=window, limit=limit, device=device,
         cache=Path(cache) if cache else None, progress=progress,
     )  # fmt: skip
     if speed:
+        kept = is_kept(original)
         found = footprints(files if kept else [original, *files], runtime, device, progress)
         report.reference_footprint = None if kept else found.pop(0)
         for candidate, footprint in zip(report.candidates, found, strict=True):
@@ -321,7 +313,7 @@ def compare(
     board = append_board(Path(append), rows_of(report)) if append is not None else None
     if html is not None:
         extras = Extras(
-            reasons=[plan_reasons(Path(str(c).split("+")[0])) for c in files], sweep=sweep, results=results, samples=samples_of(texts),
+            reasons=[plan_reasons(split_adapter(path)[0]) for path in files], sweep=sweep, results=results, samples=samples_of(texts),
             board=render(board, like=report, origin=True) if board is not None else (), hardware=machine_name(), command=command,
         )  # fmt: skip
         write_html(report, Path(html), _analysis_beside(original, Path(work) if work else None), extras)
@@ -337,16 +329,6 @@ def _analysis_beside(reference: Path, work: Path | None) -> Sensitivity | None:
             if found.calibration.get("source") == open_checkpoint(reference).identity:
                 sensitivity = found
     return sensitivity
-
-
-def _require_runtime(runtime: str, device: str, compiled: bool = False) -> None:
-    """Raise PlanError for what llama.cpp does not do here, FormatError for a device that is not there."""
-    if runtime == "llama" and (device != "cpu" or compiled):
-        what = f"on {device}" if device != "cpu" else "compiled"
-        raise PlanError(
-            f"--runtime llama does not run {what} here", hint="leave out --device and --compile, or use --runtime torch"
-        )
-    require_device(device)
 
 
 def load(path: str | Path, dtype: Any = None, device: Any = "cpu") -> Any:
@@ -373,7 +355,7 @@ def generate(
     from quantkit.evaluation.generate import Sampling
     from quantkit.evaluation.generate import generate as run
 
-    _require_runtime(runtime, device, compiled)
+    require_runtime(runtime, device, compiled)
     sampling = Sampling(temperature, top_k, top_p, seed)
     return run(
         open_checkpoint(model), prompt, count, sampling, runtime=runtime, device=device, chat=chat, compiled=compiled, show=show

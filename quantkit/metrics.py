@@ -98,6 +98,14 @@ class Divergence:
     top1_error: float
 
 
+def exponential(x: float) -> float:
+    """e to the x; infinity where it is beyond double precision, as the perplexity of a wrecked model is."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
 def summarize(scores: TokenScores) -> Divergence:
     """Mean, quantiles and standard errors of per-token scores.
 
@@ -109,7 +117,7 @@ def summarize(scores: TokenScores) -> Divergence:
     kld = scores.kld.astype(np.float64)
     nll, reference = -scores.logp.astype(np.float64), -scores.reference_logp.astype(np.float64)
     difference = nll - reference
-    ratio = math.exp(difference.mean())
+    ratio = exponential(difference.mean())
     agreement = float(scores.same_top.mean())
     root = math.sqrt(max(n - 1, 1))
     median, p99, p999 = np.quantile(kld, [0.5, 0.99, 0.999])
@@ -121,10 +129,10 @@ def summarize(scores: TokenScores) -> Divergence:
         p99_kld=float(p99),
         p999_kld=float(p999),
         max_kld=float(kld.max()),
-        perplexity=math.exp(nll.mean()),
-        reference_perplexity=math.exp(reference.mean()),
+        perplexity=exponential(nll.mean()),
+        reference_perplexity=exponential(reference.mean()),
         perplexity_ratio=ratio,
-        perplexity_ratio_error=float(ratio * difference.std() / root),
+        perplexity_ratio_error=ratio * float(difference.std()) / root,
         top1_agreement=agreement,
         top1_error=math.sqrt(agreement * (1 - agreement) / n),
     )

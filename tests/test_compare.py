@@ -20,6 +20,7 @@ from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.compare import compare
 from quantkit.evaluation.report.page import render_html
 from quantkit.evaluation.texts import default_texts
+from quantkit.metrics import TokenScores, summarize
 from quantkit.planning.artifact import output_metadata, tensor_specs
 from quantkit.planning.standard import uniform_plan
 from quantkit.planning.sweep import Point, Sweep
@@ -218,3 +219,53 @@ def test_one_command_says_everything(files, tmp_path, monkeypatch):
     ):
         refused = CliRunner().invoke(main, arguments)
         assert refused.exit_code == 1 and words in " ".join(refused.output.split()), refused.output
+
+
+def test_same_names_stay_apart_and_the_original_does_not_praise_itself(files, tmp_path):
+    """Two files of one name in two folders, and the original as a candidate."""
+    for folder, source in (("one", "Q8_0"), ("two", "Q2_K")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.gguf").write_bytes((files / f"{source}.gguf").read_bytes())
+    paths = [tmp_path / "one" / "x.gguf", tmp_path / "two" / "x.gguf", tiny.MOE]
+    arguments = ["compare", str(tiny.MOE), *map(str, paths), "--limit", "512", "--prompt", "Once", "-o", str(tmp_path / "r.html")]
+    said = CliRunner().invoke(main, [*arguments, "--json"])
+    assert said.exit_code == 0, said.output
+    found = json.loads(said.stdout)
+    names = ["one/x.gguf", "two/x.gguf", f"{tiny.MOE.name} (2)"]
+    assert [c["name"] for c in found["candidates"]] == names
+    assert [t["model"] for t in found["continued"]] == [tiny.MOE.name, *names]
+    text = (tmp_path / "r.html").read_text()
+    assert "Of 2 candidates one/x.gguf stays" in text and all(html.escape(name) in text for name in names)
+
+
+def test_mistakes_are_found_before_tasks_and_prompts_are_run(files, tmp_path, monkeypatch):
+    kept = tmp_path / "original.kept"
+    made = ["compare", str(tiny.MOE), str(files / "Q8_0.gguf"), "--limit", "512", "--cache", str(kept)]
+    assert CliRunner().invoke(main, made).exit_code == 0
+    monkeypatch.setattr("quantkit.cli.compare._answers", lambda *a, **k: pytest.fail("asked too early"))
+    (tmp_path / "short.txt").write_text("Too short.")
+    good, tasks = str(files / "Q8_0.gguf"), ["--tasks", "piqa_local"]
+    for arguments, words in (
+        ([str(tiny.MOE), good, *tasks, "-o", "report.txt"], "end it in .html"),
+        ([str(tiny.MOE), good, *tasks, "--text", "nothing.txt"], "nothing.txt does not exist"),
+        ([str(tiny.MOE), "nothing.gguf", *tasks], "nothing.gguf does not exist"),
+        ([str(kept), good, *tasks], "it cannot answer or write"),
+        ([str(kept), good, "--prompt", "Once"], "it cannot answer or write"),
+    ):
+        refused = CliRunner().invoke(main, ["compare", *arguments])
+        assert refused.exit_code == 1 and words in " ".join(refused.output.split()), refused.output
+    with pytest.raises(CalibrationError, match=r"short\.txt has fewer than 512 tokens"):
+        compare(tiny.MOE, [files / "Q8_0.gguf"], [*default_texts(), tmp_path / "short.txt"])
+    with pytest.raises(CheckpointError, match=r"was kept of torch, the candidates would be run by llama; use --runtime torch"):
+        compare(kept, [files / "Q8_0.gguf"], [], runtime="llama")
+
+
+def test_a_candidate_beyond_all_bounds_is_a_row_like_any_other(files):
+    """Perplexities that no number holds are infinite in Python and null in JSON, which no reader refuses."""
+    report = compare(tiny.MOE, [files / "Q8_0.gguf"], default_texts(), limit=512)
+    scores = TokenScores(*(np.full(4, x, np.float32) for x in (900.0, -900.0, -1.0)), np.zeros(4, bool))
+    report.candidates[0].divergence = summarize(scores)
+    assert report.candidates[0].divergence.perplexity == float("inf")
+    document = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert document["candidates"][0]["divergence"]["perplexity_ratio"] is None
+    assert "inf" in render_html(report)

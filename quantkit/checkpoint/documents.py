@@ -1,7 +1,8 @@
-"""JSON documents as dataclasses: what does not fit the types is refused by its place in the document."""
+"""JSON documents as dataclasses, where what does not fit the types is refused by its place, and as strict text."""
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import fields, is_dataclass
 from types import UnionType
@@ -35,3 +36,16 @@ def typed(kind: Any, value: Any, where: str) -> Any:
     elif kind is Any or (isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool)):
         return value
     raise ValueError(f"{where} is {value!r:.40}")
+
+
+def strict_json(document: Any, indent: int | None = None) -> str:
+    """The document as text that every reader of JSON takes: numbers that are not finite are null."""
+    return json.dumps(_finite(document), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -62,7 +62,7 @@ def print_difference(model: Path, against: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from quantkit.analysis.difference import differences
-    from quantkit.evaluation.compare import open_candidate
+    from quantkit.evaluation.candidates import open_candidate
 
     before, after = open_candidate(model), open_candidate(against)
     found = differences(before, after)

@@ -29,7 +29,7 @@ SHOWN = 8  # of the worst tokens
 @click.option(
     "--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens in a window; the second half is scored."
 )
-@click.option("--limit", type=click.IntRange(16), help="Use at most this many tokens of text.")
+@click.option("--limit", type=click.IntRange(16), help="Use at most this many tokens of text, but a window of each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write an offline HTML report.")
 @click.option(
     "--cache",
@@ -58,11 +58,16 @@ def command(
     from dataclasses import asdict
 
     from quantkit.api import compare
+    from quantkit.evaluation.checks import check_comparison
     from quantkit.evaluation.continued import continued
     from quantkit.planning.sweep import Sweep
     from quantkit.progress import Progress
 
     progress, ran = Progress.terminal(), {"runtime": values["runtime"], "device": values["device"]}
+    check_comparison(
+        reference, candidates, text, values["runtime"], values["device"], values["limit"], output, values["cache"], values["append"],
+        more=bool(prompts or tasks),
+    )  # fmt: skip
     curve = Sweep.read(sweep) if sweep is not None else None
     answers = _answers([reference, *candidates], tasks, results, progress=progress, **ran)
     texts = continued([reference, *candidates], prompts, progress=progress, **ran)
@@ -117,12 +122,14 @@ def _answers(models: list[Path], tasks: str | None, results: Path | None, **opti
 
 def print_footprints(report: Any) -> None:
     """What running each model takes."""
+    from quantkit.evaluation.report.sections import per_second
+
     known = [(c.name, c.footprint) for c in report.candidates]
     if report.reference_footprint is not None:
         known.insert(0, (report.reference, report.reference_footprint))
     first = known[0][1]
     rows = [
-        [name, f"{f.load_seconds:.3g}", f"{f.prompt_speed:,.4g}", f"{f.speed:,.4g}", mebibytes(f.memory_bytes), mebibytes(f.model_bytes)]
+        [name, f"{f.load_seconds:.3g}", per_second(f.prompt_speed), per_second(f.speed), mebibytes(f.memory_bytes), mebibytes(f.model_bytes)]
         for name, f in known
     ]  # fmt: skip
     heads = ["model", "loads in, s", "prompt, tokens/s", "then, tokens/s", "peak memory, MiB", "of it the model's, MiB"]
@@ -131,6 +138,13 @@ def print_footprints(report: Any) -> None:
         heads,
         rows,
     )
+
+
+def certain(mean: float, error: float) -> str:
+    """A mean with two digits of its standard error."""
+    from quantkit.evaluation.report.sections import places
+
+    return f"{mean:.{places(error)}f} ± {error:.{places(error)}f}"
 
 
 def mebibytes(number: int | None) -> str:
@@ -154,14 +168,14 @@ def print_breakdown(candidate: Any) -> None:
     kinds = {"text": "text", "position": "position in the window", "frequency": "rank of the token in the text",
              "certainty": "chance of the original's best token", "entropy": "entropy of the original, nats"}  # fmt: skip
     rows = [
-        [words if place == 0 else "", g.name, f"{g.tokens:,}", f"{g.mean_kld:.5f} ± {g.error:.5f}", f"{g.share:.1%}", f"{g.top1_agreement:.2%}"]
+        [words if place == 0 else "", g.name, f"{g.tokens:,}", certain(g.mean_kld, g.error), f"{g.share:.1%}", f"{g.top1_agreement:.2%}"]
         for kind, words in kinds.items()
         for place, g in enumerate(getattr(candidate.breakdown, kind))
     ]  # fmt: skip
     heads = ["by", "", "tokens", "mean KLD, nats/token", "of the whole", "top-1 agreement"]
     print_table(f"where {candidate.name} departs", heads, rows, left=2)
     worst = [
-        [f"{w.kld:.3f}", w.text, repr(w.context[-40:] + " | " + w.following), f"{w.original_guess!r} {w.original_chance:.0%}",
+        [f"{w.kld:.3g}", w.text, repr(w.context[-40:] + " | " + w.following), f"{w.original_guess!r} {w.original_chance:.0%}",
          f"{w.candidate_guess!r} {w.candidate_chance:.0%}"]
         for w in candidate.breakdown.worst[:SHOWN]
     ]  # fmt: skip
@@ -172,12 +186,14 @@ def print_breakdown(candidate: Any) -> None:
 
 def print_report(report: Any) -> None:
     """The headline table."""
+    from quantkit.evaluation.compare import worst_estimate
+
     rows = []
     for c in report.candidates:
         d = c.divergence
         rows.append([
-            c.name, f"{c.file_bytes:,}", f"{c.bpw:.3f}", f"{d.mean_kld:.5f} ± {d.mean_kld_error:.5f}", f"{d.median_kld:.5f}",
-            f"{d.p99_kld:.4f}", f"{d.p999_kld:.4f}", f"{d.perplexity_ratio:.4f} ± {d.perplexity_ratio_error:.4f}",
+            c.name, f"{c.file_bytes:,}", f"{c.bpw:.3f}", certain(d.mean_kld, d.mean_kld_error), f"{d.median_kld:.3g}",
+            f"{d.p99_kld:.3g}", f"{d.p999_kld:.3g}", f"{d.perplexity_ratio:.4f} ± {d.perplexity_ratio_error:.4f}",
             f"{100 * d.top1_agreement:.2f} %", "–" if c.predicted_kld is None else f"{c.predicted_kld:.5f}",
         ])  # fmt: skip
     print_table(
@@ -197,6 +213,6 @@ def print_report(report: Any) -> None:
         ],
         rows,
     )
-    worst = max((c.estimate_error / c.divergence.mean_kld for c in report.candidates if c.estimate_error), default=0.0)
+    worst = worst_estimate(report)
     if worst:
-        click.echo(f"the original was read from a file; that adds at most {worst:.2%} (standard error) to a mean KLD")
+        click.echo(f"the original was read from a file; that adds about {worst:.2%} (standard error) to a mean KLD")

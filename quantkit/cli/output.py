@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -27,7 +26,9 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             click.echo(f"error: {error}", err=True)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
-            click.echo("interrupted; what was finished is kept: run it again (training: with --resume)", err=True)
+            click.echo(
+                "interrupted; finished files and what caches hold are kept: run it again (training: with --resume)", err=True
+            )
             raise SystemExit(130) from None
         except BrokenPipeError:
             sys.stderr.close()
@@ -36,7 +37,10 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
             click.echo(f"error: {error.filename or 'input or output'}: {error.strerror or error}", err=True)
             raise SystemExit(1) from None
         except MemoryError:
-            click.echo("error: out of memory; close other programs, or use --no-probes and fewer --tokens", err=True)
+            click.echo(
+                "error: out of memory; close other programs, or ask for less (analyze: --no-probes, fewer --tokens; eval: --batch)",
+                err=True,
+            )
             raise SystemExit(1) from None
         except Exception as error:
             if os.environ.get("QUANTKIT_DEBUG"):
@@ -52,7 +56,9 @@ def guarded(function: Callable[..., None]) -> Callable[..., None]:
 
 def emit_json(document: Any) -> None:
     """Print one JSON document."""
-    click.echo(json.dumps(document, indent=1, default=str))
+    from quantkit.checkpoint.documents import strict_json
+
+    click.echo(strict_json(document, indent=1))
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quantkit.checkpoint.documents import typed
+from quantkit.checkpoint.documents import strict_json, typed
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.evaluation.compare import Report
@@ -109,14 +109,7 @@ class Board:
 
     def to_json(self) -> str:
         """The document as text; numbers that are not finite are null."""
-        rows = [_finite(asdict(row)) for row in self.rows]
-        return json.dumps({KIND: VERSION, "rows": rows}, indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return strict_json({KIND: VERSION, "rows": [asdict(row) for row in self.rows]}, indent=1) + "\n"
 
 
 def read_board(path: Path) -> Board:

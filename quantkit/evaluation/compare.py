@@ -8,7 +8,6 @@ token takes the place of the text's first one, here it stands before it, so that
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -20,9 +19,10 @@ import numpy.typing as npt
 
 from quantkit.analysis.texts import read_text
 from quantkit.checkpoint import Checkpoint, open_checkpoint, require_readable
-from quantkit.checkpoint.adapter import AdaptedCheckpoint, read_adapter
+from quantkit.checkpoint.documents import strict_json
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluation.breakdown import Breakdown, ExactWindow, KnownWindow, Tally, judge
+from quantkit.evaluation.candidates import open_candidate, shown_names
 from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.llama_reference import LlamaReference, is_llama_reference
 from quantkit.evaluation.reference import Reference, ReferenceKey, ReferenceWriter, is_reference, words_of
@@ -37,6 +37,7 @@ from quantkit.versions import package_versions
 
 REFERENCE_BYTES = 1 << 30  # probabilities of the original and their logarithms, held at a time
 VERSION = 1
+ROUNDING = 1e-6  # nats per token that two runs of the same model may be apart
 
 
 @dataclass
@@ -78,13 +79,23 @@ class Report:
 
     def to_json(self) -> str:
         """The document as text."""
-        return json.dumps({"quantkit_report": VERSION, **asdict(self)}, indent=1)
+        return strict_json({"quantkit_report": VERSION, **asdict(self)}, indent=1)
+
+
+def worst_estimate(report: Report) -> float:
+    """The largest standard error that a kept original adds to a mean KLD, relative to it; 0 without one.
+
+    Divergences that are hardly more than rounding do not count.
+    """
+    return max(
+        (c.estimate_error / c.divergence.mean_kld for c in report.candidates if c.divergence.mean_kld > ROUNDING), default=0.0
+    )
 
 
 def evaluation_windows(checkpoint: Checkpoint, texts: list[Path], window: int, limit: int | None) -> npt.NDArray[np.int64]:
     """All whole windows of the texts, int64 (n, window), at most ``limit`` tokens, shared by the texts.
 
-    Raises CalibrationError if there is not one whole window.
+    Raises CalibrationError if a text has not one whole window.
     """
     return windows_of_texts(checkpoint, texts, window, limit)[0]
 
@@ -96,8 +107,10 @@ def windows_of_texts(
     encoder = TextEncoder(checkpoint)
     share = max(1, limit // window // len(texts)) if limit else None
     rows = [encoder.windows(read_text(path, encoder), window)[:share] for path in texts]
-    if not any(rows):
-        raise CalibrationError(f"the text has fewer than {window} tokens", hint="give a longer text with --text")
+    for path, some in zip(texts, rows, strict=True):
+        if not some:
+            hint = "give a longer text with --text, or shorter windows with --window"
+            raise CalibrationError(f"{path.name} has fewer than {window} tokens", hint=hint)
     counts = [(path.name, len(some)) for path, some in zip(texts, rows, strict=True)]
     return np.array([ids for some in rows for ids in some], dtype=np.int64), counts
 
@@ -160,6 +173,11 @@ def open_original(path: Path, texts: list[Path], window: int, limit: int | None,
     )
 
 
+def is_kept(reference: Path) -> bool:
+    """Whether an original is what was kept of one, by quantkit or by llama-perplexity."""
+    return is_reference(reference) or is_llama_reference(reference)
+
+
 def identity_of(reference: Path) -> str:
     """Identity of an original, also of one of which only its distributions were kept."""
     if is_reference(reference):
@@ -199,7 +217,12 @@ def compare(
     """
     progress = progress or Progress()
     opened = [open_candidate(path) for path in candidates]
-    original = open_original(reference, texts, window, limit, opened)
+    original, ran = (
+        open_original(reference, texts, window, limit, opened),
+        runtime if device == "cpu" else f"{runtime} on {device}",
+    )
+    if isinstance(original.stored, Reference):
+        _check_same_runtime(original.stored, ran, reference)
     for path, other in zip(candidates, opened, strict=True):
         require_readable(other)
         _check_same_vocabulary(original, other, path)
@@ -209,7 +232,7 @@ def compare(
     task = progress.task("compare", total=windows.size * len(models), unit="tokens")
     with RunnerPool(runtime, windows.shape[1], models, len(windows) > _chunk(original), device) as runners:
         if cache is not None and original.checkpoint is not None:
-            keep_original(original, runners, cache, runtime, task)
+            keep_original(original, runners, cache, ran, task)
         step = len(windows) if original.stored else _chunk(original)
         for start in range(0, len(windows), step):
             some = range(start, min(start + step, len(windows)))
@@ -219,15 +242,16 @@ def compare(
                     judgement.add(runner, windows, known, some, task)
     task.done()
     decode = TextEncoder(opened[0]).decode  # they all have the same vocabulary
+    names = shown_names([reference, *candidates])[1:]
     rows = [
-        _candidate(path, checkpoint, judgement, decode)
-        for path, checkpoint, judgement in zip(candidates, opened, judgements, strict=True)
+        _candidate(path, name, checkpoint, judgement, decode)
+        for path, name, checkpoint, judgement in zip(candidates, names, opened, judgements, strict=True)
     ]
     return Report(
         reference=original.name,
         reference_bytes=original.file_bytes,
         architecture=original.architecture,
-        runtime=runtime if device == "cpu" else f"{runtime} on {device}",
+        runtime=ran,
         texts=[name for name, _ in original.texts],
         tokens=rows[0].divergence.tokens if rows else 0,
         window=windows.shape[1],
@@ -238,12 +262,12 @@ def compare(
     )
 
 
-def open_candidate(path: Path) -> Checkpoint:
-    """A model, or ``FILE+ADAPTER``: a model with a low-rank adapter added. Raises CheckpointError if they do not fit."""
-    file, sign, adapter = str(path).rpartition("+")
-    if not sign or path.exists():
-        return open_checkpoint(path)
-    return AdaptedCheckpoint(open_checkpoint(file), read_adapter(Path(adapter)))
+def _check_same_runtime(kept: Reference, ran: str, path: Path) -> None:
+    """Two runtimes do not round alike, which would count as divergence."""
+    if kept.key.runtime != ran:
+        there, _, device = kept.key.runtime.partition(" on ")
+        hint = f"use --runtime {there}" + (f" --device {device}" if device else "") + ", or keep the original anew"
+        raise CheckpointError(f"{path.name} was kept of {kept.key.runtime}, the candidates would be run by {ran}", hint=hint)
 
 
 def _check_same_vocabulary(original: Original, other: Checkpoint, path: Path) -> None:
@@ -304,13 +328,13 @@ class _Judgement:
             task.advance(len(ids))
 
 
-def _candidate(path: Path, checkpoint: Checkpoint, judgement: _Judgement, decode: Callable[[list[int]], str]) -> Candidate:
+def _candidate(
+    path: Path, name: str, checkpoint: Checkpoint, judgement: _Judgement, decode: Callable[[list[int]], str]
+) -> Candidate:
     scores = TokenScores.join(judgement.parts)
     data = sum(checkpoint.nbytes(name) for name in checkpoint.tensors)
-    name, predicted = path.resolve().name, None
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        name = f"{checkpoint.path.name}+{checkpoint.adapter.path.name}"
-    if path.is_file() and manifest_path(path).exists():
+    predicted = None
+    if path.exists() and manifest_path(path).exists():
         predicted = Manifest.read(manifest_path(path)).plan.get("predicted_kld")
     return Candidate(
         name=name,

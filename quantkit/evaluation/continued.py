@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantkit.evaluation.compare import open_candidate
+from quantkit.evaluation.candidates import open_candidate, shown_names
 from quantkit.evaluation.generate import generate
 from quantkit.progress import Progress
 
@@ -35,7 +35,7 @@ def continued(
     progress: Progress | None = None,
 ) -> list[Continued]:  # fmt: skip
     """Let every model go on after every prompt; the first model is the original. Raises a QuantkitError."""
-    out = []
+    out, names = [], shown_names(models)
     task = (progress or Progress()).task("generate", total=len(prompts) * len(models), unit="texts")
     for prompt in prompts:
         original: list[int] = []
@@ -44,8 +44,7 @@ def continued(
             original = found.tokens if place == 0 else original
             shorter = min(len(original), len(found.tokens))
             same = next((n for n in range(shorter) if original[n] != found.tokens[n]), shorter)
-            name = path.resolve().name
-            out.append(Continued(prompt, name, found.text, len(found.tokens), same, found.speed, found.seconds[0]))
+            out.append(Continued(prompt, names[place], found.text, len(found.tokens), same, found.speed, found.seconds[0]))
             task.advance()
     task.done()
     return out

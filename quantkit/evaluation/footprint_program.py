@@ -19,7 +19,7 @@ from quantkit.analysis.texts import read_text
 from quantkit.checkpoint import Checkpoint, GgufCheckpoint
 from quantkit.checkpoint.adapter import AdaptedCheckpoint
 from quantkit.errors import CalibrationError, QuantkitError
-from quantkit.evaluation.compare import open_candidate
+from quantkit.evaluation.candidates import open_candidate
 from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.runners import gguf_of, llama_package, load_llama
 from quantkit.evaluation.texts import default_texts

@@ -17,6 +17,7 @@ from quantkit.evaluation.statistics import (
     paired_ratio,
     ratio_interval,
 )
+from quantkit.metrics import exponential
 
 BITS = "bits_per_byte"  # already a logarithm: its change is a difference
 Key = tuple[str, str, int]
@@ -171,15 +172,12 @@ def _perplexity(task: str, metric: str, names: tuple[str, str], over: str, found
         return PairedPerplexity(
             task, metric, *names, found.items, over, -found.before / bit, -found.after / bit, -found.mean / bit, error, ends
         )
-    ratio = _exp(-found.mean)
+    ratio = exponential(-found.mean)
     ends = ratio_interval(found.interval and Interval(-found.interval.high, -found.interval.low, found.interval.level))
     error = None if found.error is None else ratio * found.error
-    return PairedPerplexity(task, metric, *names, found.items, over, _exp(-found.before), _exp(-found.after), ratio, error, ends)
-
-
-def _exp(x: float) -> float:
-    """exp(x); infinite where it exceeds a float, which a wrecked model's perplexity can."""
-    return math.exp(x) if x < 709 else math.inf
+    return PairedPerplexity(
+        task, metric, *names, found.items, over, exponential(-found.before), exponential(-found.after), ratio, error, ends
+    )
 
 
 def _items(model: ModelScores, task: str) -> dict[Key, Item]:

@@ -21,7 +21,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from quantkit.checkpoint import Checkpoint, HfCheckpoint
 from quantkit.errors import CalibrationError, QuantkitError
-from quantkit.evaluation.compare import open_candidate
+from quantkit.evaluation.candidates import open_candidate
 from quantkit.evaluation.lm_eval.draws import Draw, Drawer, is_random, numbered
 from quantkit.evaluation.lm_eval.engines import LLAMA_WINDOW, LlamaEngine, TorchEngine, generation_facts
 from quantkit.evaluation.lm_eval.rows import Row, batches, row_of

@@ -6,11 +6,12 @@ report back. Documents of two models are the same if their ``hash`` is, so paire
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantkit.checkpoint.documents import strict_json
 from quantkit.checkpoint.files import read_json
 from quantkit.errors import QuantkitError
 
@@ -135,7 +136,7 @@ class EvalReport:
             for model in document["models"]:
                 for result in model["results"].values():
                     del result["items"]
-        return json.dumps(document)
+        return strict_json(document)
 
 
 def is_share(metric: str) -> bool:
@@ -162,11 +163,19 @@ def _model(found: dict[str, Any]) -> ModelScores:
 
 
 def _task(found: dict[str, Any]) -> TaskScores:
-    scores = tuple(Score(**score) for score in found.pop("scores"))
+    scores = tuple(Score(**score | {"value": _number(score["value"])}) for score in found.pop("scores"))
     items = tuple(_item(item) for item in found.pop("items", ()))
     return TaskScores(**found | {"members": tuple(found["members"])}, scores=scores, items=items)
 
 
 def _item(found: dict[str, Any]) -> Item:
-    scores = {name: tuple(value) if isinstance(value, list) else value for name, value in found["scores"].items()}
-    return Item(**found | {"scores": scores, "loglikelihoods": tuple(found["loglikelihoods"]), "greedy": tuple(found["greedy"])})
+    scores = {
+        name: tuple(map(_number, value)) if isinstance(value, list) else _number(value) for name, value in found["scores"].items()
+    }
+    loglikelihoods = tuple(map(_number, found["loglikelihoods"]))
+    return Item(**found | {"scores": scores, "loglikelihoods": loglikelihoods, "greedy": tuple(found["greedy"])})
+
+
+def _number(found: float | None) -> float:
+    """JSON has no number that is not finite; null stands for it."""
+    return math.nan if found is None else found

@@ -10,14 +10,13 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quantkit.analysis.run import work_directory
-from quantkit.checkpoint.adapter import AdaptedCheckpoint
 from quantkit.errors import QuantkitError
-from quantkit.evaluation.compare import open_candidate
+from quantkit.evaluation.candidates import open_candidate, shown_names
 from quantkit.evaluation.lm_eval.results import EvalReport, ModelScores, TaskScores
 from quantkit.evaluation.lm_eval.samples import TEMPERATURE, Draws, ask_often
 from quantkit.evaluation.lm_eval.scores import all_scores
@@ -110,13 +109,13 @@ def evaluate_models(models: Sequence[Path], options: Options, served: Sequence[S
     require_device(options.device)
     for path in models:
         open_candidate(path)  # a mistake in the last one should not cost the time of the others
-    found, longest = [], None
+    found, longest, names = [], None, shown_names(models)
     with tempfile.TemporaryDirectory(prefix="quantkit-") as folder, quietly():
         for number, path in enumerate(models):
             with _local(path, options) as lm:
                 longest = longest if number else lm.new_tokens
                 lm.new_tokens = longest  # generation as long for every model
-                found.append(_model(lm, loaded, options))
+                found.append(replace(_model(lm, loaded, options), name=names[number]))
                 if number == 0:
                     window, adds_bos = lm.max_length, _adds_bos(lm.tokenizer)
                     lm.tokenizer.save_pretrained(folder)
@@ -158,11 +157,8 @@ def _model(lm: Any, loaded: dict[str, Any], options: Options) -> ModelScores:
     checkpoint, started = lm.checkpoint, time.perf_counter()
     facts = [checkpoint.identity, checkpoint.stamp, lm.runtime, str(lm.device), lm.max_length, lm.new_tokens]
     results = _ask(lm, loaded, options, _cache(checkpoint.path, facts, options))
-    name = checkpoint.path.resolve().name
-    if isinstance(checkpoint, AdaptedCheckpoint):
-        name = f"{name}+{checkpoint.adapter.path.name}"
     return ModelScores(
-        name, str(checkpoint.path), lm.runtime if options.device == "cpu" else f"{lm.runtime} on {options.device}",
+        checkpoint.path.name, str(checkpoint.path), lm.runtime if options.device == "cpu" else f"{lm.runtime} on {options.device}",
         checkpoint.identity, sum(file.stat().st_size for file in checkpoint.weight_files), lm.max_length, lm.truncated,
         time.perf_counter() - started, results,
     )  # fmt: skip

@@ -14,7 +14,8 @@ from quantkit.analysis.coverage import COLUMNS, coverage_rows
 from quantkit.analysis.sensitivity import Sensitivity
 from quantkit.checkpoint.files import write_text
 from quantkit.errors import PlanError
-from quantkit.evaluation.compare import Report, identity_of
+from quantkit.evaluation.candidates import open_candidate
+from quantkit.evaluation.compare import Report, identity_of, worst_estimate
 from quantkit.evaluation.report import charts, sections, tasks
 from quantkit.evaluation.report.plan import cost_map, plan_maps, plan_reasons
 from quantkit.evaluation.report.sections import Sample, samples_of
@@ -45,12 +46,15 @@ class Extras:
     command: str = ""
 
 
-def require_same_original(reference: Path, results: EvalReport | None, sweep: Sweep | None) -> None:
-    """Raise PlanError for results or a sweep of another model, which a report must not show beside this one."""
+def require_same_models(reference: Path, candidates: Sequence[Path], results: EvalReport | None, sweep: Sweep | None) -> None:
+    """Raise PlanError for results or a sweep of other models, which a report must not show beside these."""
     name = reference.resolve().name
+    identities = [open_candidate(path).identity for path in candidates] if results is not None else []
     if results is not None and (not results.models or results.models[0].identity != identity_of(reference)):
         asked = results.models[0].name if results.models else "no model"
         raise PlanError(f"the results are of {asked}, not of {name}", hint="run `quantkit eval` with this original first")
+    if results is not None and len(results.models) > 1 and not {m.identity for m in results.models} & set(identities):
+        raise PlanError("the results are of none of the candidates", hint="run `quantkit eval` with these files")
     if sweep is not None and sweep.model != name:
         raise PlanError(f"the sweep is one of {sweep.model}, not of {name}", hint="run `quantkit sweep` on this original")
 
@@ -93,13 +97,12 @@ def embedded(document: str) -> str:
 def _context(report: Report, extras: Extras) -> dict[str, Any]:
     names = charts.short_names([c.name for c in report.candidates])
     known = [(c, name) for c, name in zip(report.candidates, names, strict=True) if c.breakdown is not None]
-    worst = max((c.estimate_error / c.divergence.mean_kld for c in report.candidates if c.estimate_error), default=0.0)
     return {
         "report": report,
         "lead": sections.lead(report),
         "columns": sections.HEADLINE,
         "rows": [(c.name, sections.headline(c)) for c in report.candidates],
-        "estimate": worst,
+        "estimate": worst_estimate(report),
         "footprint_columns": sections.FOOTPRINT,
         "footprints": sections.footprint_rows(report),
         "size": charts.size_figure(report, extras.sweep) if report.candidates else None,
@@ -133,4 +136,4 @@ def _analysis(sensitivity: Sensitivity | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["Extras", "Sample", "plan_reasons", "render_html", "require_same_original", "samples_of", "write_html"]
+__all__ = ["Extras", "Sample", "plan_reasons", "render_html", "require_same_models", "samples_of", "write_html"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,20 @@ def _value(number: float | None, form: str, error: float | None = None, scale: f
     )
 
 
+def places(error: float) -> int:
+    """Decimals that show two digits of a standard error, at least five."""
+    return 5 if not 0 < error < 1e-3 else min(12, 1 - math.floor(math.log10(error)))
+
+
+def per_second(number: float) -> str:
+    """Tokens per second in words, without an exponent."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
+def _speed(number: float) -> Value:
+    return Value(per_second(number), json.dumps(number))
+
+
 HEADLINE = (
     ("mean_kld", "mean KLD"), ("file_bytes", "bytes"), ("bpw", "bits per weight"), ("p999_kld", "99.9 % KLD"),
     ("perplexity_ratio", "perplexity ratio"), ("top1_agreement", "top-1 agreement"), ("predicted_kld", "predicted KLD"),
@@ -76,7 +91,7 @@ def headline(candidate: Candidate) -> list[Value]:
     """The numbers of one row, in the order of HEADLINE."""
     d = candidate.divergence
     return [
-        _value(d.mean_kld, ".5f", d.mean_kld_error),
+        _value(d.mean_kld, f".{places(d.mean_kld_error)}f", d.mean_kld_error),
         _value(candidate.file_bytes, ",d"),
         _value(candidate.bpw, ".3f"),
         _value(d.p999_kld, ".4f"),
@@ -97,7 +112,7 @@ def footprint_rows(report: Report) -> list[tuple[str, list[Value]]]:
     known = [(report.reference, report.reference_footprint), *((c.name, c.footprint) for c in report.candidates)]
     return [
         (name, [
-            _value(f.load_seconds, ".3g"), _value(f.prompt_speed, ",.4g"), _value(f.speed, ",.4g"),
+            _value(f.load_seconds, ".3g"), _speed(f.prompt_speed), _speed(f.speed),
             _value(f.memory_bytes, ",.1f", scale=2**-20), _value(f.model_bytes, ",.1f", scale=2**-20),
         ])
         for name, f in known if f is not None
@@ -162,10 +177,11 @@ def lead(report: Report) -> str:
     """One sentence: who stays closest, at which share of the bytes."""
     if not report.candidates:
         return "Nothing was compared."
-    best = min(report.candidates, key=lambda c: c.divergence.mean_kld)
+    others = [c for c in report.candidates if c.identity != report.reference_identity or not c.identity] or report.candidates
+    best = min(others, key=lambda c: (math.isnan(c.divergence.mean_kld), c.divergence.mean_kld))
     d = best.divergence
     share = f" in {100 * best.file_bytes / report.reference_bytes:.0f} % of its bytes" if report.reference_bytes else ""
-    among = f"Of {len(report.candidates)} candidates {best.name} stays" if len(report.candidates) > 1 else f"{best.name} stays"
+    among = f"Of {len(others)} candidates {best.name} stays" if len(others) > 1 else f"{best.name} stays"
     return (
         f"{among} closest to the original{share}: {d.mean_kld:.5f} nats per token of KL divergence on average, "
         f"the same first choice at {100 * d.top1_agreement:.1f} % of the tokens."
