@@ -155,7 +155,7 @@ def test_tokens_are_put_where_their_rank_and_the_originals_certainty_say():
     windows = np.concatenate([np.repeat(np.arange(12), 40), np.arange(12, 60)])[None].repeat(2, 0)  # 528 tokens
     scored = 528 - 264 - 1
     known = ExactWindow(
-        None, np.zeros(scored), np.zeros(scored, int), np.log(np.linspace(0.05, 0.995, scored)), np.full(scored, 0.7)
+        None, None, np.zeros(scored), np.zeros(scored, int), np.log(np.linspace(0.05, 0.995, scored)), np.full(scored, 0.7)
     )
     kld = rng.random(scored).astype(np.float32)
     scores = TokenScores(kld, kld, kld, kld > 0.5)
