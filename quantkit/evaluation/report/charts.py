@@ -112,7 +112,7 @@ def _size_picture(found: list[tuple[int, float, float, str, bool]], sweep: Sweep
     unit, unit_name = size_unit(max(sizes, default=0))
     low, high = log_range([k for _, k, *_ in found] + [k + e for _, k, e, *_ in found] + [p.kld for p in points])
     least, most = min(sizes, default=0) / unit, max(sizes, default=1) / unit
-    room = 0.08 * (most - least) or 0.1 * most or 1
+    room = max(0.08 * (most - least), 0.05 * most) or 1  # files of nearly one size stand near each other
     x = Axis(least - room, most + room * (2 if width > 500 else 1), 56, width - 12)
     y = Axis(low, high, height - 46, 26, log=True)
     parts: list[object] = [*frame(x, y, f"file size, {unit_name}", "mean KLD, nats per token")]
