@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -64,10 +63,11 @@ def command(
     from quantkit.progress import Progress
 
     progress, ran = Progress.terminal(), {"runtime": values["runtime"], "device": values["device"]}
-    check_comparison(
-        reference, candidates, text, values["runtime"], values["device"], values["limit"], output, values["cache"], values["append"],
-        more=bool(prompts or tasks),
-    )  # fmt: skip
+    if prompts or tasks:
+        check_comparison(
+            reference, candidates, text, values["runtime"], values["device"], values["limit"], output, values["cache"],
+            values["append"], more=True,
+        )  # fmt: skip
     curve = Sweep.read(sweep) if sweep is not None else None
     answers = _answers([reference, *candidates], tasks, results, progress=progress, **ran)
     texts = continued([reference, *candidates], prompts, progress=progress, **ran)
@@ -104,6 +104,7 @@ def command(
 
 def _answers(models: list[Path], tasks: str | None, results: Path | None, **options: Any) -> Any:
     """What the models answer to tasks, asked now or read; None without either."""
+    from quantkit.cli.eval import quiet_bars, task_names
     from quantkit.errors import PlanError
 
     if tasks is None:
@@ -112,32 +113,22 @@ def _answers(models: list[Path], tasks: str | None, results: Path | None, **opti
         return read_results(results) if results is not None else None
     if results is not None:
         raise PlanError("--tasks asks the models, --results reads what they said", hint="give one of the two")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval is imported: its bars would mix with quantkit's
+    quiet_bars()
     from quantkit.evaluation.lm_eval.run import Options, evaluate_models
     from quantkit.evaluation.lm_eval.tasks import DEFAULT
 
-    names = DEFAULT if tasks == "default" else [name.strip() for name in tasks.split(",") if name.strip()]
+    names = DEFAULT if tasks == "default" else task_names(tasks)
     return evaluate_models(models, Options(tasks=names, **options))
 
 
 def print_footprints(report: Any) -> None:
     """What running each model takes."""
-    from quantkit.evaluation.report.sections import per_second
+    from quantkit.evaluation.report.sections import FOOTPRINT, footprint_rows
 
-    known = [(c.name, c.footprint) for c in report.candidates]
-    if report.reference_footprint is not None:
-        known.insert(0, (report.reference, report.reference_footprint))
-    first = known[0][1]
-    rows = [
-        [name, f"{f.load_seconds:.3g}", per_second(f.prompt_speed), per_second(f.speed), mebibytes(f.memory_bytes), mebibytes(f.model_bytes)]
-        for name, f in known
-    ]  # fmt: skip
-    heads = ["model", "loads in, s", "prompt, tokens/s", "then, tokens/s", "peak memory, MiB", "of it the model's, MiB"]
-    print_table(
-        f"alone, {report.runtime}: a prompt of {first.prompt_tokens} tokens, {first.new_tokens} after it, one sequence",
-        heads,
-        rows,
-    )
+    first = report.reference_footprint or report.candidates[0].footprint
+    rows = [[name, *(value.shown for value in values)] for name, values in footprint_rows(report)]
+    title = f"alone, {report.runtime}: a prompt of {first.prompt_tokens} tokens, {first.new_tokens} after it, one sequence"
+    print_table(title, ["model", *(head for _, head in FOOTPRINT)], rows)
 
 
 def certain(mean: float, error: float) -> str:
@@ -145,11 +136,6 @@ def certain(mean: float, error: float) -> str:
     from quantkit.evaluation.report.sections import places
 
     return f"{mean:.{places(error)}f} ± {error:.{places(error)}f}"
-
-
-def mebibytes(number: int | None) -> str:
-    """Bytes in MiB; a dash where they are unknown."""
-    return "–" if number is None else f"{number / 2**20:,.1f}"
 
 
 def print_texts(texts: list[Any]) -> None:

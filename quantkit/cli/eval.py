@@ -55,7 +55,7 @@ def command(
     members: bool, flips: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Evaluate and print the table."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # before lm-eval is imported: its bars would mix with quantkit's
+    quiet_bars()
     from quantkit.checkpoint.files import refuse_existing, require_folder, write_text
     from quantkit.evaluation.lm_eval.run import Options, Served, evaluate_models
     from quantkit.progress import Progress
@@ -64,7 +64,7 @@ def command(
         require_folder(output)
         refuse_existing(output, force)
     if tasks is not None:
-        values["tasks"] = [name.strip() for name in tasks.split(",") if name.strip()]
+        values["tasks"] = task_names(tasks)
     options = Options(**values, progress=Progress.terminal())
     report = evaluate_models(models, options, [Served.parse(text) for text in served])
     stop_all()
@@ -81,6 +81,16 @@ def command(
         print_flips(report)
     if output is not None:
         click.echo(f"written: {output}")
+
+
+def quiet_bars() -> None:
+    """Before lm-eval is imported: its bars would mix with quantkit's."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def task_names(words: str) -> list[str]:
+    """Names with commas between."""
+    return [name.strip() for name in words.split(",") if name.strip()]
 
 
 def _changes(report: Any, members: bool, flips: bool) -> dict[str, Any]:

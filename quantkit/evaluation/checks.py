@@ -29,8 +29,8 @@ def check_comparison(
     device: str = "cpu", limit: int | None = None, html: str | Path | None = None, cache: str | Path | None = None,
     append: str | Path | None = None, more: bool = False,
 ) -> None:  # fmt: skip
-    """Find mistakes in the arguments of ``api.compare`` before anything is run. more: whether the original has to run for
-    tasks or texts. Raises a QuantkitError.
+    """Find mistakes in the arguments of ``api.compare`` before anything is run. more: whether tasks or texts are
+    to be run before it, for which the original has to be a model. Raises a QuantkitError.
     """
     require_runtime(runtime, device)
     if html is not None:
@@ -52,5 +52,6 @@ def check_comparison(
                 )
     if append is not None:
         require_board(Path(append))
-    for path in candidates:
-        require_readable(open_candidate(Path(path)))
+    if more:  # else comparing opens them next
+        for path in candidates:
+            require_readable(open_candidate(Path(path)))

@@ -148,7 +148,7 @@ def open_original(path: Path, texts: list[Path], window: int, limit: int | None,
         windows = base.windows(TextEncoder(candidates[0]).bos)
         return Original(
             path.name,
-            f"{path.name}, {path.stat().st_size} bytes",  # it does not say of which model it is
+            _llama_identity(path),
             path.stat().st_size,
             candidates[0].family.arch,
             windows,
@@ -182,7 +182,12 @@ def identity_of(reference: Path) -> str:
     """Identity of an original, also of one of which only its distributions were kept."""
     if is_reference(reference):
         return Reference(reference).key.identity
-    return reference.name if is_llama_reference(reference) else open_checkpoint(reference).identity
+    return _llama_identity(reference) if is_llama_reference(reference) else open_checkpoint(reference).identity
+
+
+def _llama_identity(path: Path) -> str:
+    """A file of llama-perplexity does not say of which model it is."""
+    return f"{path.name}, {path.stat().st_size} bytes"
 
 
 def keep_original(original: Original, runners: RunnerPool, path: Path, runtime: str, task: Any) -> None:
@@ -217,10 +222,8 @@ def compare(
     """
     progress = progress or Progress()
     opened = [open_candidate(path) for path in candidates]
-    original, ran = (
-        open_original(reference, texts, window, limit, opened),
-        runtime if device == "cpu" else f"{runtime} on {device}",
-    )
+    original = open_original(reference, texts, window, limit, opened)
+    ran = runtime if device == "cpu" else f"{runtime} on {device}"
     if isinstance(original.stored, Reference):
         _check_same_runtime(original.stored, ran, reference)
     for path, other in zip(candidates, opened, strict=True):

@@ -72,13 +72,9 @@ def places(error: float) -> int:
     return 5 if not 0 < error < 1e-3 else min(12, 1 - math.floor(math.log10(error)))
 
 
-def per_second(number: float) -> str:
-    """Tokens per second in words, without an exponent."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
-
-
 def _speed(number: float) -> Value:
-    return Value(per_second(number), json.dumps(number))
+    """Tokens per second, without an exponent."""
+    return Value(f"{number:,.0f}" if number >= 1000 else f"{number:.4g}", json.dumps(number))
 
 
 HEADLINE = (
