@@ -15,7 +15,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-CACHED = 1 << 17  # logits that are worked on at a time
+CACHED = 1 << 18  # logits that are worked on at a time
 
 
 def kl_divergence(reference_logp: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,27 @@ def kl_divergence(reference_logp: torch.Tensor, logits: torch.Tensor) -> torch.T
     d = logits.log_softmax(-1).sub_(reference_logp)
     terms = d.expm1().sub_(d).mul_(reference_logp.exp())
     return terms.sum(-1).clamp_min_(0)
+
+
+def best_and_logsumexp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest token of each row, int64 (n,), and logsumexp, (n,); logits: (n, vocabulary) on the CPU.
+
+    Half the time of ``argmax`` and ``logsumexp``: NumPy finds the largest, which the sum of exponentials needs as well, and
+    a few rows at a time stay in the processor's cache.
+    """
+    import torch
+
+    n, vocabulary = logits.shape
+    best = torch.from_numpy(logits.numpy().argmax(-1))
+    peak = logits.gather(1, best[:, None])
+    rows = max(1, CACHED // vocabulary)
+    sums, buffer = logits.new_empty(n), logits.new_empty(rows, vocabulary)
+    for start in range(0, n, rows):
+        part = slice(start, min(start + rows, n))
+        terms = buffer[: part.stop - start]
+        torch.sub(logits[part], peak[part], out=terms).exp_()
+        torch.sum(terms, -1, out=sums[part])
+    return best, sums.log_().add_(peak[:, 0])
 
 
 def kl_divergence_by_rows(

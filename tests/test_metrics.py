@@ -33,6 +33,18 @@ def test_rows_a_few_at_a_time_give_the_same(monkeypatch):
     np.testing.assert_allclose(found.numpy(), kl_divergence_reference(p.numpy(), q.numpy()), rtol=1e-5)
 
 
+def test_best_and_logsumexp_are_torchs(monkeypatch):
+    """Pieces of three rows; logits of −∞ and far from zero, where a plain sum of exponentials overflows."""
+    monkeypatch.setattr(metrics, "CACHED", 900)
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+    logits[1] += 500
+    logits[2] -= 500
+    logits[3, :299] = -torch.inf
+    best, total = metrics.best_and_logsumexp(logits)
+    assert torch.equal(best, logits.argmax(-1))
+    torch.testing.assert_close(total, logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
 def test_kl_divergence_of_a_model_with_itself_is_zero():
     p = torch.randn(4, 100)
     assert kl_divergence(p.log_softmax(-1), p).abs().max() < 1e-9

@@ -21,6 +21,7 @@ from quantkit.checkpoint.documents import strict_json, typed
 from quantkit.checkpoint.files import require_folder, write_text
 from quantkit.errors import CheckpointError, OutputError
 from quantkit.evaluation.compare import Report
+from quantkit.evaluation.runners import runtime_and_device
 from quantkit.metrics import Divergence
 from quantkit.planning.rates import machine_name
 from quantkit.versions import package_versions
@@ -177,14 +178,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 def rows_of(report: Report) -> list[Row]:
     """Rows of a comparison that was just made on this machine."""
-    runtime, _, device = report.runtime.partition(" on ")
+    runtime, device = runtime_and_device(report.runtime)
     hardware = Hardware(machine_name(), _gpu(device))
     date = datetime.now(UTC).isoformat(timespec="seconds")
     versions, commit = {**package_versions(), **report.versions}, _commit()
     return [
         Row(
             report.reference, report.reference_identity, report.reference_bytes, report.architecture, tuple(report.texts),
-            report.text_identity, report.window, report.tokens, runtime, (device or "cpu").partition(":")[0], c.name, c.identity,
+            report.text_identity, report.window, report.tokens, runtime, device.partition(":")[0], c.name, c.identity,
             c.sha256, c.file_bytes, c.bpw, c.divergence, c.estimate_error, c.predicted_kld, versions, commit, hardware, date,
         )
         for c in report.candidates

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from quantkit.metrics import TokenScores, kl_divergence_by_rows
+from quantkit.metrics import TokenScores, best_and_logsumexp, kl_divergence_by_rows
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,9 @@ class ExactWindow:
         """From the original's logits (n, vocabulary) and the tokens that follow (n,)."""
         import torch
 
-        logp = logits - logits.logsumexp(-1, keepdim=True)
-        p, (top1_logp, top1) = logp.exp(), logp.max(-1)
+        top1, total = best_and_logsumexp(logits)
+        logp = logits - total[:, None]
+        p, top1_logp = logp.exp(), logp.gather(1, top1[:, None])[:, 0]
         chosen = logp.gather(1, torch.from_numpy(following)[:, None])[:, 0]
         entropy = -torch.linalg.vecdot(p, logp)
         if not entropy.isfinite().all():  # logits of −∞
@@ -105,8 +106,7 @@ def judge(known: KnownWindow, logits: torch.Tensor, following: Ids) -> Judged:
     """
     import torch
 
-    total = logits.logsumexp(-1)
-    guess = logits.argmax(-1)
+    guess, total = best_and_logsumexp(logits)
     logp = logits.gather(1, torch.from_numpy(following)[:, None])[:, 0] - total
     kld, variance = known.divergence(logits, total)
     scores = TokenScores(kld, logp.numpy(), known.next_logp, guess.numpy() == known.top1)

@@ -26,7 +26,7 @@ from quantkit.evaluation.candidates import open_candidate, shown_names
 from quantkit.evaluation.footprint import Footprint
 from quantkit.evaluation.llama_reference import LlamaReference, is_llama_reference
 from quantkit.evaluation.reference import Reference, ReferenceKey, ReferenceWriter, is_reference, words_of
-from quantkit.evaluation.runners import Runner, RunnerPool
+from quantkit.evaluation.runners import Runner, RunnerPool, ran_on, runtime_and_device
 from quantkit.metrics import Divergence, TokenScores, summarize
 from quantkit.modeling.products import fast_float32
 from quantkit.modeling.text import TextEncoder
@@ -223,7 +223,7 @@ def compare(
     progress = progress or Progress()
     opened = [open_candidate(path) for path in candidates]
     original = open_original(reference, texts, window, limit, opened)
-    ran = runtime if device == "cpu" else f"{runtime} on {device}"
+    ran = ran_on(runtime, device)
     if isinstance(original.stored, Reference):
         _check_same_runtime(original.stored, ran, reference)
     for path, other in zip(candidates, opened, strict=True):
@@ -268,8 +268,8 @@ def compare(
 def _check_same_runtime(kept: Reference, ran: str, path: Path) -> None:
     """Two runtimes do not round alike, which would count as divergence."""
     if kept.key.runtime != ran:
-        there, _, device = kept.key.runtime.partition(" on ")
-        hint = f"use --runtime {there}" + (f" --device {device}" if device else "") + ", or keep the original anew"
+        there, device = runtime_and_device(kept.key.runtime)
+        hint = f"use --runtime {there} --device {device}, or keep the original anew"
         raise CheckpointError(f"{path.name} was kept of {kept.key.runtime}, the candidates would be run by {ran}", hint=hint)
 
 

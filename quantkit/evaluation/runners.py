@@ -21,6 +21,17 @@ from quantkit.planning.standard import uniform_plan
 from quantkit.quantizer.pipeline import run as write_artifact
 
 
+def ran_on(runtime: str, device: str) -> str:
+    """How reports name where a model ran: the runtime, and the device unless it is the CPU (``torch on cuda:0``)."""
+    return runtime if device == "cpu" else f"{runtime} on {device}"
+
+
+def runtime_and_device(ran: str) -> tuple[str, str]:
+    """What `ran_on` was made of."""
+    runtime, _, device = ran.partition(" on ")
+    return runtime, device or "cpu"
+
+
 class Runner(Protocol):
     """A loaded model."""
 

@@ -21,6 +21,7 @@ from quantkit.evaluation.lm_eval.results import EvalReport, ModelScores, TaskSco
 from quantkit.evaluation.lm_eval.samples import TEMPERATURE, Draws, ask_often
 from quantkit.evaluation.lm_eval.scores import all_scores
 from quantkit.evaluation.lm_eval.tasks import DEFAULT, SEED, load_tasks, quietly
+from quantkit.evaluation.runners import ran_on
 from quantkit.kernels.devices import require_device
 from quantkit.progress import Progress
 from quantkit.versions import package_versions
@@ -158,7 +159,7 @@ def _model(lm: Any, loaded: dict[str, Any], options: Options) -> ModelScores:
     facts = [checkpoint.identity, checkpoint.stamp, lm.runtime, str(lm.device), lm.max_length, lm.new_tokens]
     results = _ask(lm, loaded, options, _cache(checkpoint.path, facts, options))
     return ModelScores(
-        checkpoint.path.name, str(checkpoint.path), lm.runtime if options.device == "cpu" else f"{lm.runtime} on {options.device}",
+        checkpoint.path.name, str(checkpoint.path), ran_on(lm.runtime, options.device),
         checkpoint.identity, sum(file.stat().st_size for file in checkpoint.weight_files), lm.max_length, lm.truncated,
         time.perf_counter() - started, results,
     )  # fmt: skip
