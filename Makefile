@@ -75,8 +75,8 @@ bench-super-weights: setup-dev  ## a planted super weight: collapse and rescue (
 bench-twins: setup-dev  ## outlier twins against the plain models (needs ../shared)
 	$(PY) benchmarks/twins.py
 
-screenshots: demo  ## pictures of the demo's report for docs/images (needs Chromium)
-	$(PY) tools/screenshots.py demo/report.html
+screenshots: setup-dev  ## pictures of a report for docs/images (needs Chromium)
+	$(PY) tools/screenshots.py
 
 clean:
 	rm -rf demo *.quantkit build *.egg-info

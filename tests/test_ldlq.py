@@ -122,6 +122,7 @@ def test_channels_that_never_fire_do_no_harm():
     assert np.isfinite(back).all() and np.abs(back - weight).max() < 1
 
 
+@pytest.mark.slow
 def test_a_dynamic_plan_uses_it_and_says_so(tmp_path):
     text = tmp_path / "t.txt"
     text.write_text((tiny.EXAMPLES.parent / "text" / "tinystories.txt").read_text()[:30000])

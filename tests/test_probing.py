@@ -104,7 +104,7 @@ def test_neighbours_follow_each_other_and_are_measured_together(small):
     assert all(row[2].startswith("1.50") for row in rows)
 
 
-@pytest.mark.parametrize("name", ["dense", "qwen2_moe"])
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.slow), "qwen2_moe"])
 def test_groups_measured_block_by_block_are_what_the_whole_model_says(name, tiny_folder, tmp_path):
     """Tied head and lookup (dense), routed experts (qwen2_moe): every group equals the probe of the same tensors."""
     checkpoint = open_checkpoint(tiny.DENSE if name == "dense" else tiny_folder(name))

@@ -58,6 +58,7 @@ def test_nothing_is_drawn_where_there_is_no_terminal():
     assert quiet.file.getvalue() == "" and "step 5 of 20" in terminal.file.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tiny_gguf, tmp_path):
     """SIGKILL at any step; --resume ends with the adapter, log and samples of a run that nobody disturbed."""
