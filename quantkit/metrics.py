@@ -30,6 +30,12 @@ def kl_divergence(reference_logp: torch.Tensor, logits: torch.Tensor) -> torch.T
     return terms.sum(-1).clamp_min_(0)
 
 
+def _parts(n: int, vocabulary: int) -> tuple[int, list[slice]]:
+    """Rows that stay in the cache together, and the slices of so many that cover ``n``."""
+    rows = max(1, CACHED // vocabulary)
+    return rows, [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
 def best_and_logsumexp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The likeliest token of each row, int64 (n,), and logsumexp, (n,); logits: (n, vocabulary) on the CPU.
 
@@ -41,11 +47,10 @@ def best_and_logsumexp(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     n, vocabulary = logits.shape
     best = torch.from_numpy(logits.numpy().argmax(-1))
     peak = logits.gather(1, best[:, None])
-    rows = max(1, CACHED // vocabulary)
+    rows, parts = _parts(n, vocabulary)
     sums, buffer = logits.new_empty(n), logits.new_empty(rows, vocabulary)
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        terms = buffer[: part.stop - start]
+    for part in parts:
+        terms = buffer[: part.stop - part.start]
         torch.sub(logits[part], peak[part], out=terms).exp_()
         torch.sum(terms, -1, out=sums[part])
     return best, sums.log_().add_(peak[:, 0])
@@ -61,11 +66,10 @@ def kl_divergence_by_rows(
     import torch
 
     n, vocabulary = logits.shape
-    rows = max(1, CACHED // vocabulary)
+    rows, parts = _parts(n, vocabulary)
     out, first, second = logits.new_empty(n), *(logits.new_empty(rows, vocabulary) for _ in range(2))
-    for start in range(0, n, rows):
-        part = slice(start, min(start + rows, n))
-        d, terms = first[: part.stop - start], second[: part.stop - start]
+    for part in parts:
+        d, terms = first[: part.stop - part.start], second[: part.stop - part.start]
         torch.sub(logits[part], total[part, None], out=d).sub_(reference_logp[part])
         torch.expm1(d, out=terms).sub_(d)
         torch.linalg.vecdot(terms, reference_p[part], out=out[part])
